@@ -1,0 +1,58 @@
+// out = alpha · op(a) op(b) + …, for every product of the low-rank path: any dtype and strides in, sums in Acc, dropout
+// drawn while an operand is read, so that no dropped copy of a tensor ever exists.
+#pragma once
+
+#include "cpu/host.h"
+
+namespace routed_peft::cpu {
+
+// A factor as it is read. Dropout and `valid` speak of the logical tensor's rows, which are the factor's rows, or its
+// columns where `transposed` says that the factor is that tensor turned over.
+struct Operand {
+  Matrix matrix;
+  Dropout dropout{};            // threshold 0: none
+  const bool* valid = nullptr;  // [tensor rows]: rows that are not are read as zeros, whatever they hold
+  bool transposed = false;
+
+  Operand(const Matrix& m) : matrix(m) {}
+  Operand(const Matrix& m, const Dropout& d, const bool* v = nullptr) : matrix(m), dropout(d), valid(v) {}
+  Operand turned() const {
+    Operand t = *this;
+    t.matrix = matrix.transposed();
+    t.transposed = !transposed;
+    return t;
+  }
+};
+
+// What happens to a finished sum before it is stored.
+struct Epilogue {
+  double alpha = 1;
+  bool accumulate = false;  // + out
+  Matrix bias;              // + bias [1, n]
+  Matrix residual;          // + residual [m, n]
+  Dropout mask{};           // ∘ dropout mask of out as a tensor, before everything but alpha
+};
+
+// out [m, n] = alpha · a [m, k] b [k, n]; parallel over blocks of out, the sum over k in one fixed order.
+template <class Acc>
+void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue = {});
+
+// The same on the calling thread alone, for a block of a larger computation.
+template <class Acc>
+void gemm_serial(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue = {});
+
+// out [m, n] = rows of bias (zero where absent), plus residual.
+template <class Acc>
+void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Matrix& residual);
+
+// out [1, n] (+)= column sums of the valid rows of a.
+template <class Acc>
+void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid = nullptr);
+
+// A row of a matrix, or a part of it, as Acc; and back. Any column stride.
+template <class Acc>
+void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to);
+template <class Acc>
+void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, int64_t n);
+
+}  // namespace routed_peft::cpu

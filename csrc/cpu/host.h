@@ -1,0 +1,63 @@
+// What the CPU path asks of the program around it: threads and a library for large products. Under torch both are
+// torch's (csrc/torch/ops.cpp); the C++ tests bring their own.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <new>
+
+#include "kernels/params.h"
+
+namespace routed_peft::cpu {
+
+class Host {
+ public:
+  virtual ~Host() = default;
+  // Runs body(begin, end) over parts of [0, count), perhaps on several threads. A part never depends on another one.
+  virtual void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) const = 0;
+  // out = alpha · a b (+ out if accumulate) by a vendor library; false where there is none.
+  virtual bool library_gemm(const Matrix& out, const Matrix& a, const Matrix& b, double alpha, bool accumulate) const = 0;
+};
+
+// An aligned array that is not cleared.
+template <class T>
+class Array {
+ public:
+  Array() = default;
+  explicit Array(int64_t size)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(size > 0 ? size : 1), kAlign))) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// A thread's scratch: grows to the largest size ever asked for and stays. One object a purpose, declared thread_local.
+template <class T>
+class Scratch {
+ public:
+  T* get(int64_t size) {
+    if (size > size_) {
+      array_ = Array<T>(size);
+      size_ = size;
+    }
+    return array_.get();
+  }
+
+ private:
+  Array<T> array_;
+  int64_t size_ = 0;
+};
+
+template <class Acc>
+constexpr Dtype accumulated_dtype() {
+  return sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+}
+
+}  // namespace routed_peft::cpu

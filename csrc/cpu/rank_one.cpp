@@ -1,0 +1,200 @@
+// With u = v, or the ones vector where a route sums: q = Aᵀ u_q (expand: ones; gram, ones: v) and p = s B̂ u_p (ones: ones;
+// expand, gram: v), group by group. Backward, one sweep over dout and x: dc_n = ⟨dout_n, p⟩, dp = Σ c_n dout_n,
+// dq = Σ dc_n x̃_n, dx_n = mask ∘ dc_n q; the weights' gradients are products with one row a condition.
+// Conditions are taken kConditionBlock at a time, so that q and p never grow to the size of x.
+#include "cpu/rank_one.h"
+
+#include <algorithm>
+
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+
+namespace routed_peft::cpu {
+namespace {
+
+template <class Acc>
+Matrix acc(const Acc* data, int64_t rows, int64_t cols, int64_t row_stride) {
+  return {const_cast<Acc*>(data), accumulated_dtype<Acc>(), rows, cols, row_stride, 1};
+}
+
+// q [conditions, groups, d] and p [conditions, selected o] of one block of conditions.
+template <class Acc>
+struct Directions {
+  const Problem& p;
+  Array<Acc> q, up, ones;
+  bool q_shared;  // expand: q does not depend on the condition
+
+  Directions(const Problem& problem, int64_t block)
+      : p(problem), ones(block * problem.width), q_shared(problem.routing == Routing::kExpand) {
+    q = Array<Acc>((q_shared ? 1 : block) * p.groups * p.a.cols);
+    up = Array<Acc>(block * p.b.rows);
+    std::fill_n(ones.get(), block * p.width, Acc{1});
+  }
+  const Acc* q_of(int64_t i) const { return q.get() + (q_shared ? 0 : i) * p.groups * p.a.cols; }
+  const Acc* up_of(int64_t i) const { return up.get() + i * p.b.rows; }
+  const Acc* q_source(const Acc* v) const { return q_shared ? ones.get() : v; }
+  const Acc* up_source(const Acc* v) const { return p.routing == Routing::kOnes ? ones.get() : v; }
+
+  void make(const Host& host, const Acc* v, int64_t count) {
+    const int64_t w = p.group_width(), rank = p.rank(), d = p.a.cols, rows = q_shared ? 1 : count;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      gemm<Acc>(host, acc(q.get() + g * d, rows, d, p.groups * d), acc(q_source(v) + g * w, rows, w, p.width),
+                p.a.block(g * w, 0, w, d));
+    }
+    Epilogue scaled;
+    scaled.alpha = p.scaling;
+    for (int64_t i = 0; i < p.slice_count; ++i) {
+      const Slice& slice = p.slices[i];
+      gemm<Acc>(host, acc(up.get() + slice.row, count, slice.length, p.b.rows),
+                acc(up_source(v) + i * rank, count, rank, p.width), p.b.block(slice.row, 0, slice.length, rank).transposed(), scaled);
+    }
+  }
+};
+
+int64_t group_of(const Problem& p, int64_t slice) { return p.groups == 1 ? 0 : slice; }
+
+}  // namespace
+
+template <class Acc>
+void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Matrix& out, Acc* c) {
+  const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1, d = p.a.cols, o = p.out_features;
+  const Isa<Acc>& set = isa<Acc>();
+  Array<Acc> bias(o);
+  if (p.bias) {
+    load_row(p.bias, 0, 0, o, bias.get());
+  } else {
+    std::fill_n(bias.get(), o, Acc{0});
+  }
+  Directions<Acc> directions(p, std::min(conditions, plan::kConditionBlock));
+  for (int64_t c0 = 0; c0 < conditions; c0 += plan::kConditionBlock) {
+    const int64_t c1 = std::min(c0 + plan::kConditionBlock, conditions);
+    directions.make(host, v + c0 * p.width, c1 - c0);
+    const int64_t first = cuts.of_condition[static_cast<size_t>(c0)], last = cuts.of_condition[static_cast<size_t>(c1)];
+    host.parallel_for(last - first, [&](int64_t begin, int64_t end) {
+      thread_local Scratch<Acc> x_scratch, out_scratch, residual_scratch;
+      Acc* x = x_scratch.get(d);
+      Acc* line = out_scratch.get(o);
+      for (int64_t i = first + begin; i < first + end; ++i) {
+        const Segment& s = cuts.list[static_cast<size_t>(i)];
+        const Acc* q = directions.q_of(s.condition - c0);
+        const Acc* up = directions.up_of(s.condition - c0);
+        for (int64_t row = s.begin; row < s.end; ++row) {
+          load_row(p.x, row, 0, d, x);
+          std::copy_n(bias.get(), o, line);
+          if (p.residual) set.axpy(o, 1, x, line);
+          if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x);
+          Acc* cn = c + row * p.groups;
+          for (int64_t g = 0; g < p.groups; ++g) cn[g] = set.dot(x, q + g * d, d);
+          for (int64_t j = 0; j < p.slice_count; ++j) {
+            const Slice& slice = p.slices[j];
+            set.axpy(slice.length, cn[group_of(p, j)], up + slice.row, line + slice.start);
+          }
+          store_row(line, out, row, 0, o);
+        }
+      }
+    });
+  }
+}
+
+template <class Acc>
+void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Backward& io, Acc* dv) {
+  const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1, d = p.a.cols, o = p.out_features;
+  const int64_t w = p.group_width(), rank = p.rank(), q_size = p.groups * d, up_size = p.b.rows;
+  const bool want_dq = bool(io.da) || (dv && p.routing != Routing::kExpand);
+  const bool want_dp = bool(io.db) || (dv && p.routing != Routing::kOnes);
+  const Isa<Acc>& set = isa<Acc>();
+  const Acc* c = static_cast<const Acc*>(io.t.data);
+  const int64_t block = std::min(conditions, plan::kConditionBlock);
+  const int64_t splits = plan::reduction_splits(conditions, static_cast<int64_t>(cuts.list.size()));
+  Directions<Acc> directions(p, block);
+  Array<Acc> dq(want_dq ? block * splits * q_size : 0), dp(want_dp ? block * splits * up_size : 0);
+  Array<Acc> da(io.da ? p.width * d : 0), db(io.db ? up_size * rank : 0);
+  std::fill_n(da.get(), io.da ? p.width * d : 0, Acc{0});
+  std::fill_n(db.get(), io.db ? up_size * rank : 0, Acc{0});
+  if (dv) std::fill_n(dv, p.conditions.count * p.width, Acc{0});
+
+  for (int64_t c0 = 0; c0 < conditions; c0 += plan::kConditionBlock) {
+    const int64_t count = std::min(plan::kConditionBlock, conditions - c0);
+    directions.make(host, v + c0 * p.width, count);
+    host.parallel_for(count * splits, [&](int64_t begin, int64_t end) {
+      thread_local Scratch<Acc> x_scratch, dout_scratch, dx_scratch, dc_scratch;
+      Acc* x = x_scratch.get(d);
+      Acc* dout = dout_scratch.get(o);
+      Acc* dx = dx_scratch.get(d);
+      Acc* dc = dc_scratch.get(p.groups);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t i = item / splits;
+        const Acc* q = directions.q_of(i);
+        const Acc* up = directions.up_of(i);
+        Acc* dq_item = dq.get() + item * q_size;
+        Acc* dp_item = dp.get() + item * up_size;
+        if (want_dq) std::fill_n(dq_item, q_size, Acc{0});
+        if (want_dp) std::fill_n(dp_item, up_size, Acc{0});
+        const auto [first, last] = part(cuts, c0 + i, item % splits, splits);
+        for (int64_t k = first; k < last; ++k) {
+          const Segment& s = cuts.list[static_cast<size_t>(k)];
+          for (int64_t row = s.begin; row < s.end; ++row) {
+            load_row(io.dout, row, 0, o, dout);
+            std::fill_n(dc, p.groups, Acc{0});
+            for (int64_t j = 0; j < p.slice_count; ++j) {
+              const Slice& slice = p.slices[j];
+              const int64_t g = group_of(p, j);
+              dc[g] += set.dot(dout + slice.start, up + slice.row, slice.length);
+              if (want_dp) set.axpy(slice.length, c[row * p.groups + g], dout + slice.start, dp_item + slice.row);
+            }
+            if (want_dq) {
+              load_row(p.x, row, 0, d, x);
+              if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x);
+              for (int64_t g = 0; g < p.groups; ++g) set.axpy(d, dc[g], x, dq_item + g * d);
+            }
+            if (!io.dx) continue;
+            std::fill_n(dx, d, Acc{0});
+            for (int64_t g = 0; g < p.groups; ++g) set.axpy(d, dc[g], q + g * d, dx);
+            if (p.drop_x.threshold != 0) set.drop(dx, row, 0, d, p.drop_x);
+            if (p.residual) set.axpy(d, 1, dout, dx);
+            store_row(dx, io.dx, row, 0, d);
+          }
+        }
+      }
+    });
+    // the splits of a condition, summed in order into its first one
+    for (int64_t i = 0; splits > 1 && i < count; ++i) {
+      for (int64_t split = 1; split < splits; ++split) {
+        if (want_dq) set.axpy(q_size, 1, dq.get() + (i * splits + split) * q_size, dq.get() + i * splits * q_size);
+        if (want_dp) set.axpy(up_size, 1, dp.get() + (i * splits + split) * up_size, dp.get() + i * splits * up_size);
+      }
+    }
+    const Acc* v_block = v + c0 * p.width;
+    Epilogue add, add_scaled;
+    add.accumulate = add_scaled.accumulate = true;
+    add_scaled.alpha = p.scaling;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const Matrix dq_g = acc(dq.get() + g * d, count, d, splits * q_size);
+      const Matrix u(acc((directions.q_shared ? directions.ones.get() : v_block) + g * w, count, w, p.width));
+      if (io.da) gemm<Acc>(host, acc(da.get() + g * w * d, w, d, d), u.transposed(), dq_g, add);
+      if (dv && p.routing != Routing::kExpand) {
+        gemm<Acc>(host, acc(dv + c0 * p.width + g * w, count, w, p.width), dq_g, p.a.block(g * w, 0, w, d).transposed(), add);
+      }
+    }
+    for (int64_t j = 0; j < p.slice_count; ++j) {
+      const Slice& slice = p.slices[j];
+      const Matrix dp_j = acc(dp.get() + slice.row, count, slice.length, splits * up_size);
+      const Matrix u = acc(directions.up_source(v_block) + j * rank, count, rank, p.width);
+      if (io.db) gemm<Acc>(host, acc(db.get() + slice.row * rank, slice.length, rank, rank), dp_j.transposed(), u, add_scaled);
+      if (dv && p.routing != Routing::kOnes) {
+        gemm<Acc>(host, acc(dv + c0 * p.width + j * rank, count, rank, p.width), dp_j, p.b.block(slice.row, 0, slice.length, rank),
+                  add_scaled);
+      }
+    }
+  }
+  for (int64_t row = 0; io.da && row < p.width; ++row) store_row(da.get() + row * d, io.da, row, 0, d);
+  for (int64_t row = 0; io.db && row < up_size; ++row) store_row(db.get() + row * rank, io.db, row, 0, rank);
+}
+
+#define RP_INSTANTIATE(Acc)                                                                                                   \
+  template void rank_one_forward<Acc>(const Host&, const Problem&, const Acc*, const Segments&, const Matrix&, Acc*);         \
+  template void rank_one_backward<Acc>(const Host&, const Problem&, const Acc*, const Segments&, const Backward&, Acc*);
+RP_INSTANTIATE(float)
+RP_INSTANTIATE(double)
+
+}  // namespace routed_peft::cpu

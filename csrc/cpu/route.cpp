@@ -1,0 +1,486 @@
+// The routes of routed_peft/reference.py, segment by segment. Each formula stands twice: in route_segment for Z, and in
+// backward_segment for the gradients of T and of the state (spec: the gradient table of the paper's routes, README).
+#include "cpu/route.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+
+namespace routed_peft::cpu {
+namespace {
+
+constexpr int64_t kTokenChunk = 256;  // condition tokens whose products with a segment are held at a time
+
+template <class Acc>
+Matrix acc(const Acc* data, int64_t rows, int64_t cols, int64_t row_stride) {
+  return {const_cast<Acc*>(data), accumulated_dtype<Acc>(), rows, cols, row_stride, 1};
+}
+
+Epilogue adding(bool accumulate, double alpha = 1) {
+  Epilogue e;
+  e.accumulate = accumulate;
+  e.alpha = alpha;
+  return e;
+}
+
+template <class Acc>
+void positive_part(const Acc* from, int64_t n, Acc* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = std::max(from[i], Acc{0});
+}
+
+template <class Acc>
+Acc total(const Acc* x, int64_t n) {
+  Acc sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+template <class Acc>
+Acc dot(const Acc* a, const Acc* b, int64_t n) {
+  return isa<Acc>().dot(a, b, n);
+}
+
+template <class Acc>
+Acc activate(Activation activation, Acc z) {
+  constexpr Acc kSqrtHalf = Acc(0.70710678118654752440), kTanhScale = Acc(0.79788456080286535588);
+  switch (activation) {
+    case Activation::kGelu:
+      return z * Acc(0.5) * (1 + std::erf(z * kSqrtHalf));
+    case Activation::kGeluTanh:
+      return z * Acc(0.5) * (1 + std::tanh(kTanhScale * (z + Acc(0.044715) * z * z * z)));
+    case Activation::kRelu:
+      return std::max(z, Acc{0});
+    case Activation::kSilu:
+      return z / (1 + std::exp(-z));
+    default:
+      return z;
+  }
+}
+
+template <class Acc>
+Acc activate_slope(Activation activation, Acc z) {
+  constexpr Acc kSqrtHalf = Acc(0.70710678118654752440), kTanhScale = Acc(0.79788456080286535588);
+  constexpr Acc kDensity = Acc(0.39894228040143267794);  // 1 / √(2π)
+  switch (activation) {
+    case Activation::kGelu:
+      return Acc(0.5) * (1 + std::erf(z * kSqrtHalf)) + z * kDensity * std::exp(Acc(-0.5) * z * z);
+    case Activation::kGeluTanh: {
+      const Acc inner = std::tanh(kTanhScale * (z + Acc(0.044715) * z * z * z));
+      const Acc slope = kTanhScale * (1 + Acc(3 * 0.044715) * z * z);
+      return Acc(0.5) * (1 + inner) + Acc(0.5) * z * (1 - inner * inner) * slope;
+    }
+    case Activation::kRelu:
+      return z > 0 ? Acc{1} : Acc{0};
+    case Activation::kSilu: {
+      const Acc s = 1 / (1 + std::exp(-z));
+      return s * (1 + z * (1 - s));
+    }
+    default:
+      return Acc{1};
+  }
+}
+
+// What cross_gram sums over a sample's input tokens: for a vector state u = Σ T_n and w = Σ ⟨G_n, v⟩ T_n, [samples, R];
+// for a state of tokens C = TᵀV and D = TᵀG, [samples, R, w]. u and C are over the valid tokens.
+template <class Acc>
+struct SampleSums {
+  Array<Acc> first, second;
+  int64_t size = 0;
+};
+
+template <class Acc>
+struct Work {
+  const Problem& p;
+  const State<Acc>& state;
+  const Matrix& t;
+  const SampleSums<Acc>& sums;
+
+  int64_t w() const { return p.group_width(); }
+  bool input_valid(int64_t row) const { return p.input_mask == nullptr || p.input_mask[row]; }
+  const Acc* vector(const Segment& s) const { return state.data + s.condition * p.width; }
+  const Acc* matrix(const Segment& s, int64_t g) const { return state.data + (s.condition * p.groups + g) * w() * w(); }
+  // Row of V that belongs to row n of the segment.
+  int64_t token(const Segment& s, int64_t n) const { return p.conditions.begin(s.condition) + s.offset + n; }
+  double factor(const Segment& s) const { return state.factor != nullptr ? double(state.factor[s.condition]) : 1.0; }
+};
+
+template <class Acc>
+bool gram_on_tokens(const Problem& p, const State<Acc>& state) {
+  return state.kind == StateKind::kTokens && (p.routing == Routing::kGram || p.routing == Routing::kGramRelu);
+}
+
+// The rows of T as Acc, zero where cross_gram leaves an input token out.
+template <class Acc>
+void read_rows(const Work<Acc>& work, const Segment& s, bool only_valid, Acc* rows) {
+  for (int64_t n = 0; n < s.end - s.begin; ++n) {
+    if (only_valid && !work.input_valid(s.begin + n)) {
+      std::fill_n(rows + n * work.p.width, work.p.width, Acc{0});
+    } else {
+      load_row(work.t, s.begin + n, 0, work.p.width, rows + n * work.p.width);
+    }
+  }
+}
+
+// z [n, R] = ρ(t [n, R], state).
+template <class Acc>
+void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z) {
+  const Problem& p = work.p;
+  const int64_t rows = s.end - s.begin, width = p.width, w = work.w();
+  if (p.routing == Routing::kNone) {
+    std::copy_n(t, rows * width, z);
+    return;
+  }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const Matrix tg = acc(t + g * w, rows, w, width), zg = acc(z + g * w, rows, w, width);
+    if (work.state.kind == StateKind::kMatrix) {
+      thread_local Scratch<Acc> scratch;
+      Matrix left = tg;
+      if (p.routing == Routing::kGramRelu) {
+        Acc* positive = scratch.get(rows * width);
+        positive_part(t, rows * width, positive);
+        left = acc(positive + g * w, rows, w, width);
+      }
+      gemm_serial<Acc>(zg, left, acc(work.matrix(s, g), w, w, w));
+      continue;
+    }
+    if (gram_on_tokens(p, work.state)) {  // (T Vᵀ) V a chunk of tokens at a time; relu on both factors of the first product
+      thread_local Scratch<Acc> product_scratch, t_scratch, v_scratch;
+      const int64_t m0 = p.conditions.begin(s.condition), tokens = p.conditions.end(s.condition) - m0;
+      Acc* product = product_scratch.get(rows * kTokenChunk);
+      for (int64_t n = 0; n < rows; ++n) std::fill_n(z + n * width + g * w, w, Acc{0});
+      for (int64_t m = 0; m < tokens; m += kTokenChunk) {
+        const int64_t count = std::min(kTokenChunk, tokens - m);
+        const Acc* v = work.state.data + (m0 + m) * width;
+        const Matrix vg = acc(v + g * w, count, w, width);
+        Matrix left = tg, right = vg;
+        if (p.routing == Routing::kGramRelu) {
+          Acc* positive_t = t_scratch.get(rows * width);
+          Acc* positive_v = v_scratch.get(count * width);
+          positive_part(t, rows * width, positive_t);
+          positive_part(v, count * width, positive_v);
+          left = acc(positive_t + g * w, rows, w, width);
+          right = acc(positive_v + g * w, count, w, width);
+        }
+        const Matrix pm = acc(product, rows, count, count);
+        gemm_serial<Acc>(pm, left, right.transposed(), adding(false, work.factor(s)));
+        gemm_serial<Acc>(zg, pm, vg, adding(true));
+      }
+      continue;
+    }
+    if (p.routing == Routing::kCrossGram && work.state.kind == StateKind::kTokens) {  // T (TᵀV)
+      gemm_serial<Acc>(zg, tg, acc(work.sums.first.get() + (s.sample * p.groups + g) * w * w, w, w, w));
+      continue;
+    }
+    for (int64_t n = 0; n < rows; ++n) {
+      const Acc* tn = t + n * width + g * w;
+      Acc* zn = z + n * width + g * w;
+      const Acc* v = g * w + (work.state.kind == StateKind::kVector ? work.vector(s) : work.state.data + work.token(s, n) * width);
+      Acc c = 0;
+      switch (p.routing) {
+        case Routing::kAdd:
+          for (int64_t j = 0; j < w; ++j) zn[j] = tn[j] + v[j];
+          continue;
+        case Routing::kMul:
+          for (int64_t j = 0; j < w; ++j) zn[j] = tn[j] * v[j];
+          continue;
+        case Routing::kOnes:
+          std::fill_n(zn, w, dot(tn, v, w));
+          continue;
+        case Routing::kExpand:
+          c = total(tn, w);
+          break;
+        case Routing::kGram:
+          c = dot(tn, v, w);
+          break;
+        case Routing::kGramRelu:
+          for (int64_t j = 0; j < w; ++j) c += std::max(tn[j], Acc{0}) * std::max(v[j], Acc{0});
+          break;
+        default:  // cross_gram: c = ⟨T_n, u⟩
+          c = dot(tn, work.sums.first.get() + s.sample * width + g * w, w);
+      }
+      for (int64_t j = 0; j < w; ++j) zn[j] = c * v[j];
+    }
+  }
+}
+
+// dt [n, R] and what this segment adds to dstate (the condition's own part of it), from t and g [n, R].
+template <class Acc>
+void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, const Acc* g_all, Acc* dt, Acc* dstate) {
+  const Problem& p = work.p;
+  const int64_t rows = s.end - s.begin, width = p.width, w = work.w();
+  if (p.routing == Routing::kNone) {
+    std::copy_n(g_all, rows * width, dt);
+    return;
+  }
+  thread_local Scratch<Acc> positive_scratch;
+  const bool relu = p.routing == Routing::kGramRelu;
+  const Acc* positive = t;
+  if (relu) {
+    Acc* copy = positive_scratch.get(rows * width);
+    positive_part(t, rows * width, copy);
+    positive = copy;
+  }
+  const auto only_where_positive = [&](int64_t g) {  // dt ∘ [t > 0]
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t j = n * width + g * w; j < n * width + (g + 1) * w; ++j) {
+        if (!(t[j] > 0)) dt[j] = 0;
+      }
+    }
+  };
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const Matrix gg = acc(g_all + g * w, rows, w, width), dtg = acc(dt + g * w, rows, w, width);
+    const Matrix positive_g = acc(positive + g * w, rows, w, width);
+    if (work.state.kind == StateKind::kMatrix) {  // dT = G Sᵀ, dS = T⁽⁺⁾ᵀ G
+      gemm_serial<Acc>(dtg, gg, acc(work.matrix(s, g), w, w, w).transposed());
+      if (relu) only_where_positive(g);
+      if (dstate) gemm_serial<Acc>(acc(dstate + g * w * w, w, w, w), positive_g.transposed(), gg, adding(true));
+      continue;
+    }
+    if (gram_on_tokens(p, work.state)) {  // P = f T Vᵀ, dP = f G Vᵀ: dT = dP V, dV = dPᵀ T + Pᵀ G
+      thread_local Scratch<Acc> p_scratch, dp_scratch, v_scratch, dv_scratch;
+      const int64_t m0 = p.conditions.begin(s.condition), tokens = p.conditions.end(s.condition) - m0;
+      Acc* product = p_scratch.get(rows * kTokenChunk);
+      Acc* dproduct = dp_scratch.get(rows * kTokenChunk);
+      for (int64_t n = 0; n < rows; ++n) std::fill_n(dt + n * width + g * w, w, Acc{0});
+      for (int64_t m = 0; m < tokens; m += kTokenChunk) {
+        const int64_t count = std::min(kTokenChunk, tokens - m);
+        const Acc* v = work.state.data + (m0 + m) * width;
+        const Matrix vg = acc(v + g * w, count, w, width);
+        Matrix first_v = vg;
+        if (relu) {
+          Acc* positive_v = v_scratch.get(count * width);
+          positive_part(v, count * width, positive_v);
+          first_v = acc(positive_v + g * w, count, w, width);
+        }
+        const Matrix pm = acc(product, rows, count, count), dpm = acc(dproduct, rows, count, count);
+        gemm_serial<Acc>(dpm, gg, vg.transposed(), adding(false, work.factor(s)));
+        gemm_serial<Acc>(dtg, dpm, first_v, adding(true));
+        if (!dstate) continue;
+        gemm_serial<Acc>(pm, positive_g, first_v.transposed(), adding(false, work.factor(s)));
+        Acc* dv = dstate + m * width;
+        const Matrix dvg = acc(dv + g * w, count, w, width);
+        gemm_serial<Acc>(dvg, pm.transposed(), gg, adding(true));
+        if (!relu) {
+          gemm_serial<Acc>(dvg, dpm.transposed(), positive_g, adding(true));
+          continue;
+        }
+        Acc* through = dv_scratch.get(count * w);
+        gemm_serial<Acc>(acc(through, count, w, w), dpm.transposed(), positive_g);
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t j = 0; j < w; ++j) {
+            if (v[i * width + g * w + j] > 0) dv[i * width + g * w + j] += through[i * w + j];
+          }
+        }
+      }
+      if (relu) only_where_positive(g);
+      continue;
+    }
+    if (p.routing == Routing::kCrossGram && work.state.kind == StateKind::kTokens) {
+      // dT = G Cᵀ + V Dᵀ, dV = T D; the terms of the inner sum for valid input tokens only
+      const Matrix c = acc(work.sums.first.get() + (s.sample * p.groups + g) * w * w, w, w, w);
+      const Matrix d = acc(work.sums.second.get() + (s.sample * p.groups + g) * w * w, w, w, w);
+      gemm_serial<Acc>(dtg, gg, c.transposed());
+      for (int64_t n = 0; n < rows; ++n) {
+        if (!work.input_valid(s.begin + n)) continue;
+        const Matrix v = acc(work.state.data + work.token(s, n) * width + g * w, 1, w, width);
+        gemm_serial<Acc>(dtg.block(n, 0, 1, w), v, d.transposed(), adding(true));
+        if (!dstate) continue;
+        gemm_serial<Acc>(acc(dstate + (s.offset + n) * width + g * w, 1, w, width), acc(t + n * width + g * w, 1, w, width), d,
+                         adding(true));
+      }
+      continue;
+    }
+    for (int64_t n = 0; n < rows; ++n) {
+      const bool vector = work.state.kind == StateKind::kVector;
+      const Acc* tn = t + n * width + g * w;
+      const Acc* gn = g_all + n * width + g * w;
+      const Acc* v = g * w + (vector ? work.vector(s) : work.state.data + work.token(s, n) * width);
+      Acc* dtn = dt + n * width + g * w;
+      Acc* dv = dstate == nullptr ? nullptr : dstate + g * w + (vector ? 0 : (s.offset + n) * width);
+      switch (p.routing) {
+        case Routing::kAdd:
+          std::copy_n(gn, w, dtn);
+          if (dv) isa<Acc>().axpy(w, 1, gn, dv);
+          break;
+        case Routing::kMul:
+          for (int64_t j = 0; j < w; ++j) dtn[j] = gn[j] * v[j];
+          if (dv) {
+            for (int64_t j = 0; j < w; ++j) dv[j] += gn[j] * tn[j];
+          }
+          break;
+        case Routing::kOnes: {
+          const Acc dc = total(gn, w);
+          for (int64_t j = 0; j < w; ++j) dtn[j] = dc * v[j];
+          if (dv) isa<Acc>().axpy(w, dc, tn, dv);
+          break;
+        }
+        case Routing::kExpand: {
+          std::fill_n(dtn, w, dot(gn, v, w));
+          if (dv) isa<Acc>().axpy(w, total(tn, w), gn, dv);
+          break;
+        }
+        case Routing::kGram: {
+          const Acc dc = dot(gn, v, w);
+          for (int64_t j = 0; j < w; ++j) dtn[j] = dc * v[j];
+          if (dv) {
+            isa<Acc>().axpy(w, dot(tn, v, w), gn, dv);
+            isa<Acc>().axpy(w, dc, tn, dv);
+          }
+          break;
+        }
+        case Routing::kGramRelu: {
+          const Acc dc = dot(gn, v, w);
+          Acc c = 0;
+          for (int64_t j = 0; j < w; ++j) {
+            c += std::max(tn[j], Acc{0}) * std::max(v[j], Acc{0});
+            dtn[j] = tn[j] > 0 ? dc * std::max(v[j], Acc{0}) : Acc{0};
+          }
+          if (!dv) break;
+          for (int64_t j = 0; j < w; ++j) dv[j] += c * gn[j] + (v[j] > 0 ? dc * std::max(tn[j], Acc{0}) : Acc{0});
+          break;
+        }
+        default: {  // cross_gram: c_n = ⟨T_n, u⟩, dT_n = dc_n u + w
+          const Acc* u = work.sums.first.get() + s.sample * width + g * w;
+          const Acc* sum_w = work.sums.second.get() + s.sample * width + g * w;
+          const Acc dc = dot(gn, v, w);
+          for (int64_t j = 0; j < w; ++j) dtn[j] = dc * u[j];
+          if (work.input_valid(s.begin + n)) isa<Acc>().axpy(w, 1, sum_w, dtn);
+          if (dv) isa<Acc>().axpy(w, dot(tn, u, w), gn, dv);
+        }
+      }
+    }
+  }
+}
+
+// cross_gram's sums over each sample, in the order of its rows; with g the second ones too.
+template <class Acc>
+SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
+                            const Acc* g) {
+  SampleSums<Acc> sums;
+  if (p.routing != Routing::kCrossGram) return sums;
+  const bool vector = state.kind == StateKind::kVector;
+  const int64_t w = p.group_width();
+  sums.size = vector ? p.width : p.width * w;
+  sums.first = Array<Acc>(p.inputs.count * sums.size);
+  if (g) sums.second = Array<Acc>(p.inputs.count * sums.size);
+  const Work<Acc> work{p, state, t, sums};
+  host.parallel_for(p.inputs.count, [&](int64_t begin, int64_t end) {
+    thread_local Scratch<Acc> scratch;
+    for (int64_t sample = begin; sample < end; ++sample) {
+      Acc* first = sums.first.get() + sample * sums.size;
+      Acc* second = g ? sums.second.get() + sample * sums.size : nullptr;
+      std::fill_n(first, sums.size, Acc{0});
+      if (second) std::fill_n(second, sums.size, Acc{0});
+      const int64_t from = cuts.of_sample[static_cast<size_t>(sample)], count = cuts.sample_counts[static_cast<size_t>(sample)];
+      for (int64_t i = from; i < from + count; ++i) {
+        const Segment& s = cuts.list[static_cast<size_t>(i)];
+        const int64_t rows = s.end - s.begin;
+        Acc* tile = scratch.get(rows * p.width);
+        read_rows(work, s, true, tile);
+        for (int64_t n = 0; vector && n < rows; ++n) isa<Acc>().axpy(p.width, 1, tile + n * p.width, first);
+        for (int64_t group = 0; !vector && group < p.groups; ++group) {
+          const Matrix v = acc(state.data + work.token(s, 0) * p.width + group * w, rows, w, p.width);
+          gemm_serial<Acc>(acc(first + group * w * w, w, w, w), acc(tile + group * w, rows, w, p.width).transposed(), v, adding(true));
+        }
+        if (!second) continue;
+        const Acc* gs = g + s.begin * p.width;
+        read_rows(work, s, false, tile);  // every row has an output, so every row has a gradient
+        for (int64_t n = 0; vector && n < rows; ++n) {
+          for (int64_t group = 0; group < p.groups; ++group) {
+            const int64_t at = n * p.width + group * w;
+            isa<Acc>().axpy(w, dot(gs + at, work.vector(s) + group * w, w), tile + at, second + group * w);
+          }
+        }
+        for (int64_t group = 0; !vector && group < p.groups; ++group) {
+          gemm_serial<Acc>(acc(second + group * w * w, w, w, w), acc(tile + group * w, rows, w, p.width).transposed(),
+                           acc(gs + group * w, rows, w, p.width), adding(true));
+        }
+      }
+    }
+  });
+  return sums;
+}
+
+}  // namespace
+
+template <class Acc>
+void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts, Acc* z,
+                   Acc* g) {
+  const SampleSums<Acc> sums = sum_samples<Acc>(host, p, state, t, cuts, nullptr);
+  const Work<Acc> work{p, state, t, sums};
+  host.parallel_for(static_cast<int64_t>(cuts.list.size()), [&](int64_t begin, int64_t end) {
+    thread_local Scratch<Acc> scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const Segment& s = cuts.list[static_cast<size_t>(i)];
+      const int64_t size = (s.end - s.begin) * p.width;
+      Acc* tile = scratch.get(size);
+      Acc* out = z + s.begin * p.width;
+      read_rows(work, s, false, tile);
+      route_segment(work, s, tile, out);
+      if (p.activation == Activation::kNone) continue;
+      Acc* gradient = g ? g + s.begin * p.width : nullptr;
+      for (int64_t j = 0; j < size; ++j) {
+        if (gradient) gradient[j] *= activate_slope(p.activation, out[j]);
+        out[j] = activate(p.activation, out[j]);
+      }
+    }
+  });
+}
+
+template <class Acc>
+void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
+                    const Acc* g, Acc* dt, Acc* dstate) {
+  const SampleSums<Acc> sums = sum_samples(host, p, state, t, cuts, g);
+  const Work<Acc> work{p, state, t, sums};
+  const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1;
+  const bool tokens = state.kind == StateKind::kTokens, reduces = dstate != nullptr && !tokens;
+  const int64_t size = p.state_size();
+  // Without a reduction the segments are independent, but for a token of V that several samples share.
+  const int64_t splits = reduces ? plan::reduction_splits(conditions, static_cast<int64_t>(cuts.list.size())) : 1;
+  Array<Acc> partial(reduces && splits > 1 ? conditions * splits * size : 0);
+  if (dstate && tokens) std::fill_n(dstate, p.conditions.rows * p.width, Acc{0});
+  const auto run = [&](int64_t first, int64_t last, Acc* target) {
+    thread_local Scratch<Acc> scratch, dt_scratch;
+    for (int64_t i = first; i < last; ++i) {
+      const Segment& s = cuts.list[static_cast<size_t>(i)];
+      const int64_t count = (s.end - s.begin) * p.width;
+      Acc* tile = scratch.get(count);
+      read_rows(work, s, false, tile);
+      backward_segment(work, s, tile, g + s.begin * p.width, dt ? dt + s.begin * p.width : dt_scratch.get(count), target);
+    }
+  };
+  if (dstate == nullptr) {
+    host.parallel_for(static_cast<int64_t>(cuts.list.size()), [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
+    return;
+  }
+  host.parallel_for(conditions * splits, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t c = item / splits;
+      Acc* target = tokens ? dstate + p.conditions.begin(c) * p.width : splits > 1 ? partial.get() + item * size : dstate + c * size;
+      if (!tokens) std::fill_n(target, size, Acc{0});
+      const auto [first, last] = part(cuts, c, item % splits, splits);
+      run(first, last, target);
+    }
+  });
+  if (splits == 1) return;
+  host.parallel_for(conditions, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      std::copy_n(partial.get() + c * splits * size, size, dstate + c * size);
+      for (int64_t split = 1; split < splits; ++split) {
+        isa<Acc>().axpy(size, 1, partial.get() + (c * splits + split) * size, dstate + c * size);
+      }
+    }
+  });
+}
+
+#define RP_INSTANTIATE(Acc)                                                                                                 \
+  template void route_forward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&, Acc*,    \
+                                   Acc*);                                                                                   \
+  template void route_backward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&,         \
+                                    const Acc*, Acc*, Acc*);
+RP_INSTANTIATE(float)
+RP_INSTANTIATE(double)
+
+}  // namespace routed_peft::cpu

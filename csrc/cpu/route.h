@@ -1,0 +1,20 @@
+// Z = act(ρ(T, V)) and its backward, on rank-wide rows: the part of the layer between the two projections.
+#pragma once
+
+#include "cpu/condition.h"
+#include "cpu/segments.h"
+
+namespace routed_peft::cpu {
+
+// z [rows, R] from t [rows, R]. With `g`, the gradient of z, g is turned into that of ρ: g ∘ act'(ρ).
+template <class Acc>
+void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts, Acc* z,
+                   Acc* g);
+
+// dt [rows, R] and the gradient of the state (its layout; V's for a state of tokens) from g, the gradient of ρ.
+// Either may be nullptr.
+template <class Acc>
+void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
+                    const Acc* g, Acc* dt, Acc* dstate);
+
+}  // namespace routed_peft::cpu

@@ -1,0 +1,301 @@
+// forward:  state of the condition -> T = X̃ Aᵀ + b -> Z = act(ρ(T, state)) -> out = s Z B̂ᵀ + bias + x -> out += X Wᵀ
+// backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
+// The base layer's product comes last and accumulates, so that no second full-size tensor exists. What is rank-wide (T, Z,
+// G, dT, V) lives in Acc; nothing else is kept between the steps.
+#include "cpu/routed.h"
+
+#include <algorithm>
+
+#include "cpu/condition.h"
+#include "cpu/gemm.h"
+#include "cpu/rank_one.h"
+#include "cpu/route.h"
+
+namespace routed_peft::cpu {
+namespace {
+
+template <class Acc>
+Matrix acc(const Array<Acc>& data, int64_t rows, int64_t cols) {
+  return dense(data.get(), accumulated_dtype<Acc>(), rows, cols);
+}
+
+bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
+
+plan::GramShape gram_shape(const Problem& p) {
+  const auto mean = [](int64_t rows, int64_t count) { return count > 0 ? double(rows) / double(count) : 0.0; };
+  const Sequences& y = p.conditions;
+  return {double(p.inputs.count), double(y.count),     mean(p.inputs.rows, p.inputs.count), mean(y.rows, y.count),
+          double(p.group_width()), double(p.groups), double(element_size(p.dtype))};
+}
+
+void base_gemm(const Host& host, const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+  if (out.rows == 0 || out.cols == 0) return;
+  if (host.library_gemm(out, a, b, 1, accumulate)) return;
+  Epilogue e;
+  e.accumulate = accumulate;
+  if (out.dtype == Dtype::kFloat64) {
+    gemm<double>(host, out, a, b, e);
+  } else {
+    gemm<float>(host, out, a, b, e);
+  }
+}
+
+// The condition of a call, with the storage behind it.
+template <class Acc>
+struct Condition {
+  State<Acc> state;
+  Array<Acc> data, v, factor, pooled_y;
+
+  // gram and gram_relu on V itself instead of on S
+  void use_tokens(const Problem& p) {
+    factor = Array<Acc>(p.conditions.count);
+    scale_factors(p, factor.get());
+    state = {StateKind::kTokens, v.get(), factor.get()};
+  }
+  void use_matrix(const Host& host, const Problem& p) {
+    data = Array<Acc>(p.conditions.count * p.state_size());
+    encode_matrix(host, p, v.get(), data.get());
+    state = {StateKind::kMatrix, data.get(), nullptr};
+  }
+};
+
+template <class Acc>
+void store_all(const Host& host, const Acc* from, const Matrix& to) {
+  host.parallel_for(to.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) store_row(from + row * to.cols, to, row, 0, to.cols);
+  });
+}
+
+template <class Acc>
+void load_all(const Host& host, const Matrix& from, Acc* to) {
+  host.parallel_for(from.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) load_row(from, row, 0, from.cols, to + row * from.cols);
+  });
+}
+
+// Encodes the condition of a forward; `want_state`: a state of the documented form, whatever order would be cheaper.
+template <class Acc>
+void encode_forward(const Host& host, const Problem& p, const Matrix& t, bool want_state, const Matrix& kept, Condition<Acc>& c) {
+  if (p.kind == StateKind::kVector) {
+    c.data = Array<Acc>(p.conditions.count * p.width);
+    if (!kept) c.pooled_y = Array<Acc>(p.conditions.count * p.y.cols);
+    encode_vector(host, p, c.data.get(), kept ? static_cast<Acc*>(kept.data) : c.pooled_y.get());
+    c.state = {StateKind::kVector, c.data.get(), nullptr};
+    return;
+  }
+  c.v = Array<Acc>(p.conditions.rows * p.width);
+  project_tokens(host, p, t, c.v.get());
+  if (kept) store_all(host, c.v.get(), kept);
+  if (p.kind == StateKind::kTokens) {
+    c.state = {StateKind::kTokens, c.v.get(), nullptr};
+  } else if (!want_state && plan::gram_forward(gram_shape(p)) == plan::GramOrder::kTokens) {
+    c.use_tokens(p);
+  } else {
+    c.use_matrix(host, p);
+  }
+}
+
+template <class Acc>
+void forward_as(const Host& host, const Problem& p, const ForwardResult& result) {
+  const int64_t rows = p.inputs.rows;
+  Condition<Acc> condition;
+  const bool encodes = p.source == Source::kTokens || p.source == Source::kInSequence;
+  if (p.source == Source::kState) {
+    condition.state = {p.kind, static_cast<const Acc*>(p.state), nullptr};
+  }
+  const auto encode_now = [&](const Matrix& t) {
+    if (!encodes) return;
+    encode_forward(host, p, t, result.state != nullptr, result.kept, condition);
+    if (result.state == nullptr) return;
+    const int64_t size = (p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count) * p.state_size();
+    std::copy_n(condition.state.data, size, static_cast<Acc*>(result.state));
+  };
+  const Segments cuts = cut(p);
+
+  if (is_rank_one(p)) {
+    encode_now({});
+    Array<Acc> c(result.t ? 0 : rows * p.groups);
+    rank_one_forward(host, p, condition.state.data, cuts, result.out, result.t ? static_cast<Acc*>(result.t.data) : c.get());
+  } else {
+    // T rounded to the input's dtype even when it is not saved, so that training and inference agree
+    Array<char> t_storage(result.t ? 0 : rows * p.width * element_size(p.dtype));
+    const Matrix t = result.t ? result.t : dense(t_storage.get(), p.dtype, rows, p.width);
+    Epilogue down;
+    down.bias = p.b_down;
+    gemm<Acc>(host, t, Operand(p.x, p.drop_x), p.a.transposed(), down);
+    encode_now(t);
+    Array<Acc> z(rows * p.width);
+    route_forward<Acc>(host, p, condition.state, t, cuts, z.get(), nullptr);
+
+    const Matrix z_matrix = acc(z, rows, p.width), residual = p.residual ? p.x : Matrix{};
+    const bool whole = p.slice_count == 1 && p.slices[0].length == p.out_features;
+    if (!whole) fill_rows<Acc>(host, result.out, p.bias, residual);
+    for (int64_t i = 0; i < p.slice_count; ++i) {
+      const Slice& slice = p.slices[i];
+      Epilogue up;
+      up.alpha = p.scaling;
+      up.accumulate = !whole;
+      if (whole) up.bias = p.bias, up.residual = residual;
+      gemm<Acc>(host, result.out.block(0, slice.start, rows, slice.length), z_matrix.block(0, i * p.rank(), rows, p.rank()),
+                p.b.block(slice.row, 0, slice.length, p.rank()).transposed(), up);
+    }
+  }
+  if (p.weight) base_gemm(host, result.out, p.x, p.weight.transposed(), true);
+}
+
+template <class Acc>
+void backward_as(const Host& host, const Problem& p, const Backward& io) {
+  const int64_t rows = p.inputs.rows;
+  const bool in_sequence = p.source == Source::kInSequence;
+  const bool encodes = p.source == Source::kTokens || in_sequence;
+  const bool want_dt = io.dx || io.da || io.db_down;
+  const bool want_dstate = p.source == Source::kState ? io.dstate != nullptr
+                           : in_sequence              ? want_dt
+                                                      : encodes && (io.dy || io.dc || io.db_c || (p.shared && (io.da || io.db_down)));
+  // With a shared C, its gradients are A's.
+  const Matrix& dc = p.shared ? io.da : io.dc;
+  const Matrix& db_c = p.shared ? io.db_down : io.db_c;
+
+  Condition<Acc> condition;
+  if (p.state != nullptr) {
+    condition.state = {p.kind, static_cast<const Acc*>(p.state), nullptr};
+  } else if (encodes) {  // a gram route that kept V, or has it in T
+    condition.v = Array<Acc>(p.conditions.rows * p.width);
+    if (in_sequence) {
+      project_tokens(host, p, io.t, condition.v.get());
+    } else {
+      load_all(host, io.kept, condition.v.get());
+    }
+    if (plan::gram_backward(gram_shape(p)) == plan::GramOrder::kTokens) {
+      condition.use_tokens(p);
+    } else {
+      condition.use_matrix(host, p);
+    }
+  }
+  const bool by_token = condition.state.kind == StateKind::kTokens;
+  const int64_t state_numbers = by_token ? p.conditions.rows * p.width : p.conditions.count * p.state_size();
+  Array<Acc> dstate(want_dstate ? state_numbers : 0), dt, dv;
+  const Segments cuts = cut(p);
+
+  if (is_rank_one(p)) {
+    rank_one_backward<Acc>(host, p, condition.state.data, cuts, io, want_dstate ? dstate.get() : nullptr);
+  } else {
+    Array<Acc> g;
+    if (want_dt || want_dstate) {
+      g = Array<Acc>(rows * p.width);
+      const Matrix g_matrix = acc(g, rows, p.width);
+      Epilogue scaled;
+      scaled.alpha = p.scaling;
+      for (int64_t i = 0; i < p.slice_count; ++i) {
+        const Slice& slice = p.slices[i];
+        gemm<Acc>(host, g_matrix.block(0, i * p.rank(), rows, p.rank()), io.dout.block(0, slice.start, rows, slice.length),
+                  p.b.block(slice.row, 0, slice.length, p.rank()), scaled);
+      }
+    }
+    if (io.db || p.activation != Activation::kNone) {  // Z again: for dB, and for the slope of the activation
+      Array<Acc> z(rows * p.width);
+      route_forward<Acc>(host, p, condition.state, io.t, cuts, z.get(), g.get());
+      const Matrix z_matrix = acc(z, rows, p.width);
+      Epilogue scaled;
+      scaled.alpha = p.scaling;
+      for (int64_t i = 0; io.db && i < p.slice_count; ++i) {
+        const Slice& slice = p.slices[i];
+        gemm<Acc>(host, io.db.block(slice.row, 0, slice.length, p.rank()),
+                  io.dout.block(0, slice.start, rows, slice.length).transposed(), z_matrix.block(0, i * p.rank(), rows, p.rank()),
+                  scaled);
+      }
+    }
+    if (want_dt || want_dstate) {
+      if (want_dt) dt = Array<Acc>(rows * p.width);
+      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(), want_dstate ? dstate.get() : nullptr);
+    }
+  }
+
+  Acc* dv_tokens = by_token ? dstate.get() : nullptr;
+  if (want_dstate && condition.state.kind == StateKind::kMatrix && encodes) {
+    dv = Array<Acc>(p.conditions.rows * p.width);
+    matrix_backward(host, p, condition.v.get(), dstate.get(), dv.get());
+    dv_tokens = dv.get();
+  }
+  const bool rank_one = is_rank_one(p);
+  if (in_sequence && dv_tokens != nullptr && dt.get() != nullptr && !rank_one) {
+    for (int64_t row = 0; row < rows; ++row) {  // V is rows of T
+      if (!p.condition_mask[row]) continue;
+      for (int64_t j = 0; j < p.width; ++j) dt[row * p.width + j] += dv_tokens[row * p.width + j];
+    }
+  }
+  if (!rank_one) {
+    const Matrix dt_matrix = acc(dt, rows, p.width);
+    if (io.da) gemm<Acc>(host, io.da, dt_matrix.transposed(), Operand(p.x, p.drop_x));
+    if (io.db_down) column_sums<Acc>(host, io.db_down, dt_matrix, false);
+    if (io.dx) {
+      Epilogue masked;
+      masked.mask = p.drop_x;
+      if (p.residual) masked.residual = io.dout;
+      gemm<Acc>(host, io.dx, dt_matrix, p.a, masked);
+    }
+  }
+  if (want_dstate && encodes) {
+    if (p.kind == StateKind::kVector) {
+      const Matrix& dy = in_sequence ? io.dx : io.dy;
+      vector_gradients<Acc>(host, p, dstate.get(), static_cast<const Acc*>(io.kept.data), dy, in_sequence, dc, db_c, p.shared);
+    } else if (!in_sequence) {
+      token_gradients<Acc>(host, p, dv_tokens, io.dy, dc, db_c, p.shared);
+    }
+  } else if (io.dstate != nullptr) {
+    std::copy_n(dstate.get(), state_numbers, static_cast<Acc*>(io.dstate));
+  }
+
+  if (io.dx && p.weight) base_gemm(host, io.dx, io.dout, p.weight, true);
+  if (io.dweight) base_gemm(host, io.dweight, io.dout.transposed(), p.x, false);
+  if (io.dbias) column_sums<Acc>(host, io.dbias, io.dout, false);
+}
+
+template <class Acc>
+void encode_as(const Host& host, const Problem& p, void* state, const Matrix& kept) {
+  Condition<Acc> condition;
+  encode_forward(host, p, {}, true, kept, condition);
+  const int64_t size = (p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count) * p.state_size();
+  std::copy_n(condition.state.data, size, static_cast<Acc*>(state));
+}
+
+template <class Acc>
+void encode_backward_as(const Host& host, const Problem& p, const void* dstate, const Matrix& kept, const Matrix& dy,
+                        const Matrix& dc, const Matrix& db_c) {
+  const Acc* gradient = static_cast<const Acc*>(dstate);
+  if (p.kind == StateKind::kVector) {
+    vector_gradients<Acc>(host, p, gradient, static_cast<const Acc*>(kept.data), dy, false, dc, db_c, false);
+    return;
+  }
+  Array<Acc> dv(p.conditions.rows * p.width);
+  if (p.kind == StateKind::kMatrix) {
+    Array<Acc> v(p.conditions.rows * p.width);
+    load_all(host, kept, v.get());
+    matrix_backward(host, p, v.get(), gradient, dv.get());
+  } else {
+    std::copy_n(gradient, p.conditions.rows * p.width, dv.get());
+  }
+  token_gradients<Acc>(host, p, dv.get(), dy, dc, db_c, false);
+}
+
+}  // namespace
+
+void forward(const Host& host, const Problem& p, const ForwardResult& result) {
+  p.dtype == Dtype::kFloat64 ? forward_as<double>(host, p, result) : forward_as<float>(host, p, result);
+}
+
+void backward(const Host& host, const Problem& p, const Backward& io) {
+  p.dtype == Dtype::kFloat64 ? backward_as<double>(host, p, io) : backward_as<float>(host, p, io);
+}
+
+void encode(const Host& host, const Problem& p, void* state, const Matrix& kept) {
+  p.dtype == Dtype::kFloat64 ? encode_as<double>(host, p, state, kept) : encode_as<float>(host, p, state, kept);
+}
+
+void encode_backward(const Host& host, const Problem& p, const void* dstate, const Matrix& kept, const Matrix& dy,
+                     const Matrix& dc, const Matrix& db_c) {
+  p.dtype == Dtype::kFloat64 ? encode_backward_as<double>(host, p, dstate, kept, dy, dc, db_c)
+                             : encode_backward_as<float>(host, p, dstate, kept, dy, dc, db_c);
+}
+
+}  // namespace routed_peft::cpu

@@ -1,0 +1,92 @@
+// Which algorithm a call takes. Pure functions of shape and dtype, so that they are tested without running anything.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "params.h"
+
+namespace routed_peft::plan {
+
+// The form of a condition's state. `single`: it has exactly one token.
+constexpr StateKind state_kind(Routing routing, Pool pool, bool single) {
+  if (routing == Routing::kNone) return StateKind::kNone;
+  if (single || pool != Pool::kNone || routing == Routing::kOnes) return StateKind::kVector;
+  return routing == Routing::kGram || routing == Routing::kGramRelu ? StateKind::kMatrix : StateKind::kTokens;
+}
+
+// Z = c vᵀ with one number c a row: then out_n += ⟨x_n, q⟩ p and no R-wide product is needed. An activation after the
+// route needs all of Z; a bias before it is the Adapter's, which has one. Sizes do not matter: q and p cost R products
+// a condition, T and the update R products a row, and no condition has less than one row to serve.
+constexpr bool rank_one(Routing routing, StateKind kind, Activation activation, bool has_down_bias) {
+  return kind == StateKind::kVector && activation == Activation::kNone && !has_down_bias &&
+         (routing == Routing::kExpand || routing == Routing::kGram || routing == Routing::kOnes);
+}
+
+// gram and gram_relu: T (VᵀV) through the R×R matrix S, or (T Vᵀ) V through an N×M one that lives in a tile.
+enum class GramOrder { kMatrix, kTokens };
+
+struct GramShape {
+  double samples, conditions;  // B, and how many conditions they share
+  double n, m, w, groups;      // tokens of an input and of a condition, width of a group
+  double element_bytes;        // of T and V as they are stored
+};
+
+// Time is taken as flops + kFlopsPerByte · bytes: about what one core's arithmetic is worth against its memory.
+constexpr double kFlopsPerByte = 8;
+
+constexpr double gram_forward_cost(const GramShape& s, GramOrder order) {
+  const double state_bytes = 4 * s.conditions * s.groups * s.w * s.w;
+  if (order == GramOrder::kMatrix) {
+    return s.groups * (2 * s.conditions * s.m + 2 * s.samples * s.n) * s.w * s.w + kFlopsPerByte * 2 * state_bytes;
+  }
+  // V is read again for each sample
+  return s.groups * s.w * (4 * s.samples * s.n * s.m + kFlopsPerByte * s.element_bytes * s.samples * s.m);
+}
+
+// With a gradient into V. S is not saved beside V, so the matrix order makes it again.
+constexpr double gram_backward_cost(const GramShape& s, GramOrder order) {
+  const double state_bytes = 4 * s.conditions * s.groups * s.w * s.w;
+  if (order == GramOrder::kMatrix) {
+    return s.groups * (4 * s.conditions * s.m + 4 * s.samples * s.n) * s.w * s.w + kFlopsPerByte * 4 * state_bytes;
+  }
+  return s.groups * s.w * (10 * s.samples * s.n * s.m + kFlopsPerByte * s.element_bytes * 2 * s.samples * s.m);
+}
+
+constexpr GramOrder cheaper(double matrix, double tokens) {
+  return matrix <= tokens ? GramOrder::kMatrix : GramOrder::kTokens;
+}
+
+constexpr GramOrder gram_forward(const GramShape& s) {
+  return cheaper(gram_forward_cost(s, GramOrder::kMatrix), gram_forward_cost(s, GramOrder::kTokens));
+}
+
+constexpr GramOrder gram_backward(const GramShape& s) {
+  return cheaper(gram_backward_cost(s, GramOrder::kMatrix), gram_backward_cost(s, GramOrder::kTokens));
+}
+
+// Whether a product [m, k] × [k, n] of equal dtypes goes to torch's library. Its blocking wins once there is enough to
+// block; below that the call costs more than it saves. Half precision stays here: the library has no float16 product
+// worth the name on a CPU, and would round T and Z once more.
+constexpr bool library_gemm(Dtype dtype, int64_t m, int64_t n, int64_t k) {
+  const bool native = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64;
+  return native && std::min({m, n, k}) >= 8 && double(m) * double(n) * double(k) >= 1e6;
+}
+
+// The base layer's products are the library's whatever their dtype.
+constexpr bool library_base_gemm(int64_t m, int64_t n, int64_t k) { return m > 0 && n > 0 && k > 0; }
+
+// Rows of a piece of work that never spans two samples.
+constexpr int64_t kSegmentRows = 128;
+
+// In how many ordered parts the rows of one condition are summed. By shape alone, never by the number of threads, so
+// that the sums, and with them every bit, stay the same on any machine.
+constexpr int64_t reduction_splits(int64_t conditions, int64_t segments) {
+  if (conditions <= 0) return 1;
+  return std::clamp<int64_t>(std::min(int64_t{16} / conditions, segments / conditions / 2), 1, 16);
+}
+
+// Rank-one: conditions worked on at a time, so that q and p of many small samples never become a full-size tensor.
+constexpr int64_t kConditionBlock = 256;
+
+}  // namespace routed_peft::plan
