@@ -1,0 +1,632 @@
+"""The routed operator as differentiable functions.
+
+``routed_lora`` is the low-rank update alone, ``routed_linear`` a linear layer with it, ``routed_adapter`` the Adapter
+form. Each is one call of the C++ library forward and one backward (``ops``), tied together by an autograd function here;
+``backend="reference"`` runs the definition (``reference``) instead.
+
+Shapes: B samples, N input tokens, M condition tokens; d, d_c, o input, condition and output widths; R bottleneck width.
+Source: Qu et al., ECCV 2024 (arXiv 2403.09377); shared forms and gradients as in ``reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .errors import ConditionShapeError, MissingConditionError
+from .reference import Options
+from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, one_of, resolve_pool
+from .state import ConditionState, versions_of
+
+
+def routed_lora(
+    x: Tensor,
+    A: Tensor,
+    state_or_y: ConditionState | Tensor | None,
+    B: Tensor,
+    C: Tensor | None = None,
+    *,
+    routing: str,
+    scaling: float,
+    mask: Tensor | None = None,
+    index: Tensor | None = None,
+    input_mask: Tensor | None = None,
+    pool: str = "auto",
+    scale: str = "tokens",
+    dropout_p: float = 0.0,
+    condition_dropout_p: float | None = None,
+    seed: Tensor | None = None,
+    out_slices: Sequence[tuple[int, int]] | None = None,
+    route_across_slices: bool = False,
+    out_features: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    condition_cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The update alone: ``scaling · ρ(drop(x) Aᵀ, drop(y) Cᵀ) B̂ᵀ``.
+
+    Args:
+        x: [B, N, d], or [B·N, d], or with ``cu_seqlens`` [ΣN_i, d].
+        A: [R, d] down-projection.
+        state_or_y: the condition y [B, M, d_c] or [B, d_c] (with ``condition_cu_seqlens`` [ΣM_i, d_c]); or a
+            :class:`ConditionState`; or None for the in-sequence form, where V is the rows of T at the positions that
+            ``mask`` [B, N] (with ``cu_seqlens`` [ΣN_i]) marks.
+        B: [o, r] up-projection; with ``out_slices`` the slices' rows below one another.
+        C: [R, d_c] projection of the condition; None shares A, which needs d_c = d.
+        routing: a route's name (see README).
+        scaling: the factor s.
+        mask: bool or 0/1 integers [B, M], True where a condition token is valid.
+        index: int [B], which condition each sample of x uses.
+        input_mask: bool or 0/1 integers [B, N], True where an input token is valid; only cross_gram reads it.
+        pool: "auto", "mean", "first" or "none".
+        scale: "tokens" divides gram, gram_relu and ones by the number of valid condition tokens; "none" is the paper's.
+        dropout_p: dropout probability of x.
+        condition_dropout_p: that of y; None takes ``dropout_p``.
+        seed: int64 [1] that determines the dropout masks; None draws one from torch's generator.
+        out_slices: (start, stop) of each adapted slice of the output; None adapts all of it.
+        route_across_slices: route the slices' bottlenecks as one of R columns instead of one by one.
+        out_features: o, where ``out_slices`` does not reach the end.
+        cu_seqlens: int [B + 1], row offsets of the samples in a flat x.
+        condition_cu_seqlens: the same for a flat y.
+        backend: "auto", "cpu", "cuda" or "reference".
+
+    Returns:
+        [..., o] in x's dtype (the autocast dtype where autocast is on).
+
+    Raises:
+        ConditionShapeError: sizes, dtypes or devices do not fit; the text names the argument and both sizes.
+        StaleStateError: the state is older than the parameters.
+        UnsupportedError: the chosen backend cannot serve the call.
+    """
+    return apply(
+        "routed_lora", x, A, state_or_y, B, C, routing=routing, scaling=scaling, mask=mask, index=index,
+        input_mask=input_mask, pool=pool, scale=scale, dropout_p=dropout_p, condition_dropout_p=condition_dropout_p,
+        seed=seed, out_slices=out_slices, route_across_slices=route_across_slices, out_features=out_features,
+        cu_seqlens=cu_seqlens, condition_cu_seqlens=condition_cu_seqlens, backend=backend,
+    )  # fmt: skip
+
+
+def routed_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    state_or_y: ConditionState | Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    *,
+    routing: str,
+    scaling: float,
+    **options: Any,
+) -> Tensor:
+    """``x Wᵀ + bias`` plus the update of :func:`routed_lora`, as one autograd node; dW and dbias when asked for.
+
+    Args:
+        x: as :func:`routed_lora`.
+        W: [o, d] weight of the base layer, in x's dtype.
+        bias: [o] or None.
+        state_or_y: as :func:`routed_lora`.
+        A: [R, d].
+        B: [o, r].
+        C: [R, d_c] or None.
+        routing: a route's name.
+        scaling: the factor s.
+        **options: the keywords of :func:`routed_lora`.
+
+    Returns:
+        [..., o] in x's dtype.
+
+    Raises:
+        As :func:`routed_lora`.
+    """
+    return apply("routed_linear", x, A, state_or_y, B, C, W=W, bias=bias, routing=routing, scaling=scaling, **options)
+
+
+def routed_adapter(
+    x: Tensor,
+    state_or_y: ConditionState | Tensor | None,
+    down: Tensor,
+    b_down: Tensor | None,
+    up: Tensor,
+    b_up: Tensor | None,
+    C: Tensor | None = None,
+    b_C: Tensor | None = None,
+    *,
+    routing: str,
+    activation: str = "gelu",
+    residual: bool = True,
+    mask: Tensor | None = None,
+    index: Tensor | None = None,
+    input_mask: Tensor | None = None,
+    pool: str = "auto",
+    scale: str = "tokens",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The Adapter form: ``x + act(ρ(drop(x) downᵀ + b_down, drop(y) Cᵀ + b_C)) upᵀ + b_up`` (the x if ``residual``).
+
+    Args:
+        x: [B, N, d] or [B·N, d].
+        state_or_y: as :func:`routed_lora`.
+        down: [R, d].
+        b_down: [R] or None.
+        up: [o, R]; o = d with ``residual``.
+        b_up: [o] or None.
+        C: [R, d_c]; None shares ``down`` and ``b_down``.
+        b_C: [R] or None.
+        routing: a route's name.
+        activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or "none", after the route.
+        residual: add x.
+        mask: as :func:`routed_lora`, like the arguments that follow.
+        index: int [B].
+        input_mask: [B, N].
+        pool: pooling of the condition.
+        scale: "tokens" or "none".
+        dropout_p: dropout probability of x and y (independent masks).
+        seed: int64 [1].
+        backend: "auto", "cpu", "cuda" or "reference".
+
+    Returns:
+        [..., o] in x's dtype.
+
+    Raises:
+        As :func:`routed_lora`.
+    """
+    return apply(
+        "routed_adapter", x, down, state_or_y, up, C, bias=b_up, b_down=b_down, b_C=b_C, routing=routing, scaling=1.0,
+        activation=activation, residual=residual, mask=mask, index=index, input_mask=input_mask, pool=pool, scale=scale,
+        dropout_p=dropout_p, seed=seed, backend=backend,
+    )  # fmt: skip
+
+
+def encode_condition(
+    y: Tensor,
+    C: Tensor,
+    *,
+    routing: str,
+    mask: Tensor | None = None,
+    pool: str = "auto",
+    scale: str = "tokens",
+    b_C: Tensor | None = None,
+    groups: int = 1,
+    backend: str = "auto",
+    name: str = "encode_condition",
+) -> ConditionState:
+    """Encode a condition once, to be used by many calls (decode steps, several questions about one image).
+
+    Args:
+        y: condition features [B, M, d_c] or [B, d_c].
+        C: [R, d_c] projection (``A`` where it is shared).
+        routing: a route's name; "none" has no condition.
+        mask: bool or 0/1 integers [B, M], True where valid.
+        pool: "auto", "mean", "first" or "none".
+        scale: "tokens" or "none".
+        b_C: [R] bias of the Adapter form.
+        groups: number of output slices that route independently.
+        backend: "auto", "cpu", "cuda" or "reference".
+        name: how errors call the layer.
+
+    Returns:
+        The state, float32 (float64 for a float64 y). No dropout is applied to y.
+
+    Raises:
+        ConditionShapeError: sizes, dtypes or devices do not fit.
+    """
+    _check_routing(routing, scale, backend)
+    if routing == "none":
+        raise ValueError(f"{name}: routing 'none' has no condition to encode")
+    pool = resolve_pool(routing, pool)
+    y = _check_condition(name, y, C, None, shared=False)
+    y = y.to(compute_dtype(y)).contiguous()
+    mask = _check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
+    where = ops.resolve_backend(backend, routing, C.shape[0] // groups, y)
+    if where == "reference":
+        options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
+        with torch.autocast(y.device.type, enabled=False):
+            state = reference.encode_condition(_tokens(y), C, b_C, mask, None, None, options)
+    else:
+        numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, C, b_C))
+        if save:
+            state = _Encode.apply(y, C, b_C, mask, *numbers)[0]  # type: ignore[no-untyped-call]
+        else:
+            state = torch.ops.routed_peft.encode(y, C, b_C, mask, *numbers, False)[0]
+    return ConditionState(routing, state, versions_of(C, b_C))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a layer computes in: autocast's where it is on for x's device, else x's own."""
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed, int64 [1], from torch's generator of ``device``."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+# ------------------------------------------------------------------------------------------------ the one call
+def apply(
+    name: str,
+    x: Tensor,
+    A: Tensor,
+    state_or_y: ConditionState | Tensor | None,
+    B: Tensor,
+    C: Tensor | None,
+    *,
+    routing: str,
+    scaling: float,
+    W: Tensor | None = None,
+    bias: Tensor | None = None,
+    b_down: Tensor | None = None,
+    b_C: Tensor | None = None,
+    activation: str = "none",
+    residual: bool = False,
+    mask: Tensor | None = None,
+    index: Tensor | None = None,
+    input_mask: Tensor | None = None,
+    pool: str = "auto",
+    scale: str = "tokens",
+    dropout_p: float = 0.0,
+    condition_dropout_p: float | None = None,
+    seed: Tensor | None = None,
+    out_slices: Sequence[tuple[int, int]] | None = None,
+    route_across_slices: bool = False,
+    out_features: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    condition_cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What the three public forms share: check the arguments, then run the backend. ``name`` opens every error text."""
+    _check_routing(routing, scale, backend)
+    one_of("activation", activation, ACTIVATIONS)
+    condition_p = dropout_p if condition_dropout_p is None else condition_dropout_p
+    for argument, p in (("dropout_p", dropout_p), ("condition_dropout_p", condition_p)):
+        if not 0 <= p <= 1:
+            raise ValueError(f"{name}: {argument} must lie in [0, 1], got {p}")
+    if not x.is_floating_point():
+        raise ConditionShapeError(f"{name}: the input must be floating point, got {x.dtype}")
+    if x.dim() < 2 or x.shape[-1] != A.shape[1]:
+        raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
+    x = x.to(compute_dtype(x)).contiguous()
+    slices, groups, out_features = _output(name, A, B, W, out_slices, route_across_slices, out_features)
+    if residual and out_features != x.shape[-1]:
+        raise ConditionShapeError(f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}")
+
+    condition: Tensor | None
+    if routing == "none":
+        source, condition, mask, index = "none", None, None, None
+        condition_cu_seqlens = None
+    elif isinstance(state_or_y, ConditionState):
+        source, condition = "state", state_or_y.tensor
+        if state_or_y.routing != routing:
+            raise ConditionShapeError(f"{name}: the ConditionState is for routing {state_or_y.routing!r}, not {routing!r}")
+        state_or_y.check_fresh(name, *((A, b_down) if C is None else (C, b_C)))
+        _check_device(name, condition, x)
+        condition = condition.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    elif state_or_y is None:
+        source, condition = "in_sequence", None
+        if mask is None:
+            raise MissingConditionError(
+                f"{name}: no condition was given; without one the route is in-sequence and needs mask [batch, tokens]"
+            )
+        if C is not None:
+            raise ConditionShapeError(f"{name}: an in-sequence condition shares A, so C must be None, got {tuple(C.shape)}")
+        if index is not None:
+            raise ConditionShapeError(f"{name}: an in-sequence condition takes no condition_index")
+    else:
+        source = "tokens"
+        condition = _check_condition(name, state_or_y, A if C is None else C, condition_cu_seqlens, shared=C is None)
+        _check_device(name, condition, x)
+        condition = condition.to(x.dtype).contiguous()
+
+    if source != "tokens":
+        C = b_C = None  # nothing is projected
+    samples, index = _samples(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = _check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
+        if input_mask is not None:
+            raise ConditionShapeError(f"{name}: input_mask goes with padded batches; a flat input has no padding")
+    if condition_cu_seqlens is not None and condition is not None:
+        condition_cu_seqlens = _check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
+    rows = x.numel() // max(x.shape[-1], 1)
+    by_sample = (rows,) if cu_seqlens is not None else (samples, rows // samples if samples else 0)
+    if source == "tokens" and condition is not None:
+        flat = condition_cu_seqlens is not None
+        if flat and mask is not None:
+            raise ConditionShapeError(f"{name}: condition_mask goes with padded conditions; a flat condition has no padding")
+        shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
+        mask = _check_mask(name, "condition mask", mask, shape, "condition")
+    elif source == "in_sequence":
+        mask = _check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
+    elif mask is not None and source == "state":
+        raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
+    input_mask = _check_mask(name, "input mask", input_mask, by_sample, "input") if routing == "cross_gram" else None
+    pool = resolve_pool(routing, pool)
+    _check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
+
+    if source == "none" or source == "state":
+        condition_p = 0.0
+    elif source == "in_sequence":
+        condition_p = dropout_p  # V is rows of T, so it shares X's mask
+    if seed is None and (dropout_p or condition_p):
+        seed = draw_seed(x.device)
+    options = Options(
+        samples, routing, source, pool, scale, groups, slices, out_features, float(scaling), float(dropout_p),
+        float(condition_p), activation, residual,
+    )  # fmt: skip
+    tensors = (
+        x, A, B, condition, C, W, bias, b_down, b_C, mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed,
+    )  # fmt: skip
+    if ops.resolve_backend(backend, routing, A.shape[0] // groups, x) == "reference":
+        return _run_reference(tensors, options)
+    numbers = (
+        samples, ROUTES[routing].code, ops.SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
+        out_features, options.scaling, options.dropout, options.condition_dropout, ACTIVATIONS[activation], residual,
+    )  # fmt: skip
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:9])):
+        return torch.ops.routed_peft.forward(*tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
+    encodes = source in ("tokens", "in_sequence")
+    projection = (A, b_down) if C is None else (C, b_C)
+    through = (x if source == "in_sequence" else condition, *projection)
+    save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
+    return _Routed.apply(*tensors, *numbers, save)[0]  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _run_reference(tensors: tuple[Any, ...], options: Options) -> Tensor:
+    x, a, b, condition, *rest = tensors
+    if options.source == "tokens" and rest[-2] is None:
+        condition = _tokens(condition)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.forward(x, a, b, condition, *rest, options)
+
+
+class _Routed(torch.autograd.Function):
+    """routed_peft::forward and routed_peft::backward as one differentiable node."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.routed_peft.forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, t, state, kept = output
+        ctx.mark_non_differentiable(t, state, kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(t, state, kept, *inputs[:15])
+        ctx.numbers = inputs[15:-1]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *unused: Any) -> Any:
+        if dout is None:
+            return (None,) * 29
+        t, state, kept, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:9]
+        gradients = torch.ops.routed_peft.backward(_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
+        return (*_needed(gradients, needs), *(None,) * 20)
+
+
+class _Encode(torch.autograd.Function):
+    """routed_peft::encode and routed_peft::encode_backward as one differentiable node; returns the state."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return torch.ops.routed_peft.encode(*args, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], *inputs[:4])
+        ctx.numbers = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, dstate: Tensor | None, *unused: Any) -> Any:
+        if dstate is None:
+            return (None,) * 8
+        kept, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = torch.ops.routed_peft.encode_backward(_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
+        return (*_needed(gradients, needs), *(None,) * 5)
+
+
+def _bits(needs: Sequence[bool]) -> int:
+    """The ops take the wanted gradients as one number, bit i for input i."""
+    return sum(1 << i for i, need in enumerate(needs) if need)
+
+
+def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The ops return an empty tensor for a gradient nobody asked for; autograd wants None."""
+    return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ checks
+def _check_routing(routing: str, scale: str, backend: str) -> None:
+    one_of("routing", routing, ROUTES)
+    one_of("condition_scale", scale, SCALES)
+    one_of("backend", backend, ("auto", "cpu", "cuda", "reference"))
+
+
+def _tokens(y: Tensor) -> Tensor:
+    """[B, d_c] -> [B, 1, d_c]."""
+    return y[:, None] if y.dim() == 2 else y
+
+
+def _check_device(name: str, condition: Tensor, x: Tensor) -> None:
+    if condition.device != x.device:
+        raise ConditionShapeError(f"{name}: condition is on {condition.device}, the layer input on {x.device}")
+
+
+def _check_condition(name: str, y: Tensor, C: Tensor, cu_seqlens: Tensor | None, shared: bool) -> Tensor:
+    if not y.is_floating_point():
+        raise ConditionShapeError(f"{name}: condition must be floating point, got {y.dtype}")
+    wanted = f"[rows, {C.shape[1]}]" if cu_seqlens is not None else f"[batch, tokens, {C.shape[1]}]"
+    if y.dim() not in ((2,) if cu_seqlens is not None else (2, 3)) or y.shape[-1] != C.shape[1]:
+        why = "; condition_features=None shares lora_A, so the condition needs in_features columns" if shared else ""
+        raise ConditionShapeError(f"{name}: condition must be {wanted}, got {tuple(y.shape)}{why}")
+    return y
+
+
+def _check_mask(name: str, what: str, mask: Tensor | None, shape: tuple[int, ...], of: str) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.is_floating_point() or mask.is_complex():
+        raise ConditionShapeError(f"{name}: {what} must be bool or 0/1 integers, got {mask.dtype}")
+    if tuple(mask.shape) != tuple(shape):
+        raise ConditionShapeError(f"{name}: {what} {tuple(mask.shape)} does not match {of} {tuple(shape)}")
+    return mask.to(torch.bool).contiguous()
+
+
+def _check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> Tensor:
+    if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
+        raise ConditionShapeError(f"{name}: {what} must be int32 or int64 [batch + 1], got {cu.dtype} {tuple(cu.shape)}")
+    if not torch.compiler.is_compiling() and cu.device.type == "cpu":
+        bounds = cu.tolist()
+        if bounds[0] != 0 or bounds[-1] != flat.shape[0] or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ConditionShapeError(f"{name}: {what} must rise from 0 to the {flat.shape[0]} rows, got {bounds}")
+    return cu.to(torch.int64).contiguous()
+
+
+def _output(
+    name: str,
+    A: Tensor,
+    B: Tensor,
+    W: Tensor | None,
+    out_slices: Sequence[tuple[int, int]] | None,
+    across: bool,
+    out_features: int | None,
+) -> tuple[tuple[int, ...], int, int]:
+    """The slices flattened, the number of independent groups and o, all checked against A, B and W."""
+    pairs = [tuple(pair) for pair in out_slices] if out_slices else []
+    width = B.shape[1] * max(len(pairs), 1)
+    if A.shape[0] != width:
+        raise ConditionShapeError(f"{name}: A has {A.shape[0]} rows, but B {tuple(B.shape)} needs {width}")
+    selected = sum(stop - start for start, stop in pairs) if pairs else B.shape[0]
+    if B.shape[0] != selected:
+        raise ConditionShapeError(f"{name}: B has {B.shape[0]} rows, but out_slices select {selected}")
+    least = max([stop for _, stop in pairs]) if pairs else selected  # max(default=) breaks the graph under compile
+    total = W.shape[0] if W is not None else out_features if out_features is not None else least
+    if W is not None and W.shape[1] != A.shape[1]:
+        raise ConditionShapeError(f"{name}: W {tuple(W.shape)} does not match A {tuple(A.shape)}")
+    if total < least or (not pairs and total != selected):
+        raise ConditionShapeError(f"{name}: the output has {total} columns, but B and out_slices need {least}")
+    before = 0
+    for start, stop in sorted(pairs):
+        if not before <= start < stop:
+            raise ConditionShapeError(f"{name}: out_slices must be non-empty and apart, got {pairs}")
+        before = stop
+    return tuple(bound for pair in pairs for bound in pair), 1 if across or not pairs else len(pairs), total
+
+
+def _samples(
+    name: str,
+    x: Tensor,
+    condition: Tensor | None,
+    source: str,
+    mask: Tensor | None,
+    index: Tensor | None,
+    cu_seqlens: Tensor | None,
+    condition_cu_seqlens: Tensor | None,
+) -> tuple[int, Tensor | None]:
+    """How many samples x holds, and which condition each of them uses (None: its own)."""
+    given = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0] if x.dim() > 2 else None
+    if cu_seqlens is not None and x.dim() != 2:
+        raise ConditionShapeError(f"{name}: cu_seqlens needs a flat input [rows, {x.shape[-1]}], got {tuple(x.shape)}")
+    if source == "none":
+        return (given if given is not None else 1), None
+    if source == "in_sequence":
+        assert mask is not None
+        samples = given if given is not None else mask.shape[0]
+        if x.dim() == 2 and cu_seqlens is None and (samples == 0 or x.shape[0] % samples):
+            raise ConditionShapeError(f"{name}: {x.shape[0]} input rows cannot be split over mask batch {samples}")
+        return samples, None
+    assert condition is not None
+    conditions = condition_cu_seqlens.shape[0] - 1 if condition_cu_seqlens is not None else condition.shape[0]
+    if index is not None:
+        if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise ConditionShapeError(
+                f"{name}: condition_index must be integers [batch], got {index.dtype} {tuple(index.shape)}"
+            )
+        _check_device(name, condition, x)
+        if index.device != x.device:
+            raise ConditionShapeError(f"{name}: condition_index is on {index.device}, the layer input on {x.device}")
+        samples = given if given is not None else index.shape[0]
+        if index.shape[0] != samples:
+            raise ConditionShapeError(f"{name}: input batch {samples} does not match condition_index {tuple(index.shape)}")
+        if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
+            low, high = (int(t) for t in index.aminmax())
+            if low < 0 or high >= conditions:
+                raise ConditionShapeError(
+                    f"{name}: condition_index {low if low < 0 else high} is out of range for {conditions} conditions"
+                )
+        index = index.to(torch.int64).contiguous()
+    else:
+        samples = given if given is not None else conditions
+        if samples != conditions:
+            # beams: k rows in a row for each condition, as generate() lays them out
+            if torch.is_grad_enabled() or conditions == 0 or samples % conditions:
+                raise ConditionShapeError(f"{name}: input batch {samples} does not match condition batch {conditions}")
+            index = torch.arange(conditions, device=x.device).repeat_interleave(samples // conditions)
+    if x.dim() == 2 and cu_seqlens is None and (x.shape[0] % samples if samples else x.shape[0]):
+        raise ConditionShapeError(f"{name}: {x.shape[0]} input rows cannot be split over condition batch {samples}")
+    return samples, index
+
+
+def _check_elementwise(
+    name: str,
+    routing: str,
+    source: str,
+    pool: str,
+    condition: Tensor | None,
+    x: Tensor,
+    samples: int,
+    cu_seqlens: Tensor | None,
+    condition_cu_seqlens: Tensor | None,
+    width: int,
+) -> None:
+    """A state must have the route's shape, and an unpooled elementwise route one condition token per input token."""
+    if source == "none":
+        return
+    elementwise = ROUTES[routing].state == "tokens"
+    if source == "state":
+        assert condition is not None
+        good = condition.shape[1] == width if condition.dim() == 2 else condition.dim() == 3 and (
+            condition.shape[2] == width if elementwise else condition.shape[1] == width
+        )  # fmt: skip
+        if not good or (condition.dim() == 3 and ROUTES[routing].state == "vector"):
+            raise ConditionShapeError(
+                f"{name}: a ConditionState of shape {tuple(condition.shape)} does not fit routing {routing!r} "
+                f"at width {width}"
+            )
+        if not elementwise or condition.dim() == 2:
+            return
+    elif not elementwise or pool != "none" or source == "in_sequence":
+        return
+    assert condition is not None
+    if (cu_seqlens is None) != (condition_cu_seqlens is None):
+        raise ConditionShapeError(
+            f"{name}: condition_pool='none' under routing {routing!r} pairs tokens, so input and condition must both be "
+            "flat or both be padded"
+        )
+    if cu_seqlens is not None and condition_cu_seqlens is not None:
+        if cu_seqlens.shape != condition_cu_seqlens.shape or not (
+            torch.compiler.is_compiling() or torch.equal(cu_seqlens, condition_cu_seqlens)
+        ):
+            raise ConditionShapeError(
+                f"{name}: condition_pool='none' under routing {routing!r} needs equal cu_seqlens for input and condition"
+            )
+        return
+    tokens = condition.shape[1] if condition.dim() == 3 else 1
+    n = x.numel() // max(x.shape[-1] * samples, 1)
+    if tokens not in (1, n):
+        raise ConditionShapeError(
+            f"{name}: condition_pool='none' under routing {routing!r} needs 1 condition token or as many as the input "
+            f"has ({n}), got {tokens}"
+        )

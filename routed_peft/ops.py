@@ -1,0 +1,234 @@
+"""The dispatcher ops ``torch.ops.routed_peft.*``: the C++ library, its shapes for tracing, and its gradient guard.
+
+Forward and backward are one op call each. The ops carry an autograd formula that raises: the gradients live in
+``functional``, and a direct call on tensors that require grad, or a second derivative, must not lose one silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError
+from .routes import ACTIVATIONS, ROUTES, SCALES, state_kind
+
+SOURCES = {"none": 0, "tokens": 1, "state": 2, "in_sequence": 3}
+_CODE_OF = {route.code: name for name, route in ROUTES.items()}
+_POOL_OF = {0: "none", 1: "mean", 2: "first"}
+RANK_ONE = ("expand", "gram", "ones")  # with a pooled condition: Z = c vᵀ for one number c a row
+
+
+def _load() -> tuple[Any, str]:
+    """The extension module, or None and the reason why it is not there."""
+    try:
+        return importlib.import_module("._C", __package__), ""
+    except ImportError as error:
+        try:
+            built = importlib.import_module("._built_with", __package__)
+        except ImportError:
+            return None, f"the C++ extension was not built ({error})"
+        return None, (
+            f"the C++ extension was built for torch {built.TORCH} with CUDA {built.CUDA}, and this is torch "
+            f"{torch.__version__} with CUDA {torch.version.cuda}; reinstall routed_peft ({error})"
+        )
+
+
+extension, why_missing = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """What was built: versions of routed_peft's extension, compiler, instruction sets, CUDA and kernel limits."""
+    if extension is None:
+        return {"extension": False, "reason": why_missing}
+    return {"extension": True, **extension.build_info()}
+
+
+def supports(routing: str, width: int, dtype: torch.dtype, device: torch.device | str) -> tuple[bool, str]:
+    """Whether the C++ ops serve ``routing`` at bottleneck width ``width``, and the reason if they do not.
+
+    Args:
+        routing: a route's name.
+        width: bottleneck width R of one group (the rank, times the number of slices where those are mixed).
+        dtype: dtype of the layer's input.
+        device: where the input lies.
+    """
+    if routing not in ROUTES:
+        return False, f"unknown routing {routing!r}"
+    if routing == "gram_reshape":
+        return False, "routing 'gram_reshape' exists in the reference backend only"
+    if extension is None:
+        return False, why_missing
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return False, f"dtype {dtype} is not a floating-point type the ops know"
+    if width < 1:
+        return False, f"width {width} is not positive"
+    kind = torch.device(device).type
+    if kind in ("cpu", "meta"):
+        return True, ""
+    return False, f"this version has no kernels for {kind}"
+
+
+_told: set[str] = set()
+
+
+def resolve_backend(backend: str, routing: str, width: int, x: Tensor) -> str:
+    """"cpu" or "reference": who computes this call. Falling back under "auto" is told once."""
+    if backend == "reference":
+        return backend
+    device = x.device.type
+    ok, reason = supports(routing, width, x.dtype, device)
+    if backend in ("cpu", "cuda"):
+        if device != backend and device != "meta":
+            raise UnsupportedError(f"backend={backend!r} was asked for, and the input is on {x.device}; use backend='auto'")
+        if not ok:
+            raise UnsupportedError(f"backend={backend!r}: {reason}; use backend='auto'")
+        return backend
+    if ok:
+        return "cpu"
+    if reason not in _told and not torch.compiler.is_compiling():
+        _told.add(reason)
+        warnings.warn(f"routed_peft uses the plain torch reference backend: {reason}", stacklevel=4)
+    return "reference"
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def state_shape(
+    y: Tensor, width: int, cu_seqlens: Tensor | None, routing: int, pool: int, groups: int
+) -> tuple[str, list[Any]]:
+    """The kind ("vector", "matrix" or "tokens") and the shape of the state of a condition y."""
+    if cu_seqlens is not None:
+        conditions, single = cu_seqlens.shape[0] - 1, False
+    else:
+        conditions, single = y.shape[0], y.dim() == 2 or bool(y.shape[1] == 1)
+    kind = state_kind(_CODE_OF[routing], _POOL_OF[pool], single)
+    if kind == "vector":
+        return kind, [conditions, width]
+    if kind == "matrix":
+        return kind, [conditions, width, width // groups]
+    return kind, [*y.shape[:-1], width]
+
+
+def _forward_fake(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    condition: Tensor | None,
+    C: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    b_down: Tensor | None,
+    b_C: Tensor | None,
+    mask: Tensor | None,
+    index: Tensor | None,
+    input_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    condition_cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    samples: int,
+    routing: int,
+    source: int,
+    pool: int,
+    scale: int,
+    groups: int,
+    slices: list[int],
+    out_features: int,
+    scaling: float,
+    dropout: float,
+    condition_dropout: float,
+    activation: int,
+    residual: bool,
+    save: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = x.new_empty([*x.shape[:-1], out_features])
+    nothing = x.new_empty([0])
+    if not save:
+        return out, nothing, nothing.clone(), nothing.clone()
+    rows, width = x.numel() // x.shape[-1], A.shape[0]
+    state, kept, kind = nothing.clone(), nothing.clone(), "none"
+    if source == SOURCES["state"]:
+        assert condition is not None
+        kind = "vector" if condition.dim() == 2 else "other"
+    elif source != SOURCES["none"]:
+        y, cu = condition, condition_cu_seqlens
+        if source == SOURCES["in_sequence"]:
+            y, cu = x.new_empty([samples, rows // samples, x.shape[-1]]) if cu_seqlens is None else x, cu_seqlens
+        assert y is not None
+        kind, shape = state_shape(y, width, cu, routing, pool, groups)
+        if kind != "matrix" or save == 1:
+            state = y.new_empty(shape, dtype=_accumulate(x.dtype))
+        if save == 2 and kind == "vector":
+            kept = y.new_empty([shape[0], y.shape[-1]], dtype=_accumulate(x.dtype))
+        elif save == 2 and kind == "matrix" and source == SOURCES["tokens"]:
+            kept = y.new_empty([y.numel() // y.shape[-1], width])
+    if kind == "vector" and _CODE_OF[routing] in RANK_ONE and activation == ACTIVATIONS["none"] and b_down is None:
+        return out, x.new_empty([rows, groups], dtype=_accumulate(x.dtype)), state, kept
+    return out, x.new_empty([rows, width]), state, kept
+
+
+def _gradients_fake(needs: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """One gradient for each input, like it; empty where bit i of ``needs`` does not ask for it."""
+    like = next(t for t in inputs if t is not None)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needs >> i & 1 and t is not None else like.new_empty([0])
+        for i, t in enumerate(inputs)
+    )
+
+
+def _backward_fake(
+    needs: int, dout: Tensor, T: Tensor, state: Tensor, kept: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    x, a, b, condition, c, weight, bias, b_down, b_c = inputs[:9]
+    return _gradients_fake(needs, x, a, b, condition, c, weight, bias, b_down, b_c)
+
+
+def _encode_fake(
+    y: Tensor,
+    C: Tensor,
+    b_C: Tensor | None,
+    mask: Tensor | None,
+    routing: int,
+    pool: int,
+    scale: int,
+    groups: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    kind, shape = state_shape(y, C.shape[0], None, routing, pool, groups)
+    acc = _accumulate(y.dtype)
+    if save and kind == "vector":
+        kept = y.new_empty([shape[0], y.shape[-1]], dtype=acc)
+    elif save and kind == "matrix":
+        kept = y.new_empty([y.numel() // y.shape[-1], C.shape[0]])
+    else:
+        kept = y.new_empty([0])
+    return y.new_empty(shape, dtype=acc), kept
+
+
+def _encode_backward_fake(needs: int, dstate: Tensor, kept: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _gradients_fake(needs, *inputs[:3])
+
+
+def _refuse_gradient(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "torch.ops.routed_peft.* has no derivative of its own (and its backward no second one): "
+        "call routed_peft.functional, which differentiates once"
+    )
+
+
+if extension is not None:
+    for _name, _fake in (
+        ("forward", _forward_fake),
+        ("backward", _backward_fake),
+        ("encode", _encode_fake),
+        ("encode_backward", _encode_backward_fake),
+    ):
+        torch.library.register_fake(f"routed_peft::{_name}", _fake)
+        torch.library.register_autograd(f"routed_peft::{_name}", _refuse_gradient)
+
+assert SCALES == {"none": 0, "tokens": 1}

@@ -1,0 +1,67 @@
+"""The table of routing functions: what every layer of the library has to know about each one.
+
+Adding a route starts here (CONTRIBUTING.md lists the other places).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Route:
+    """One routing function ρ.
+
+    Attributes:
+        code: the number the C++ ops know it by (``Routing`` in csrc/kernels/params.h).
+        pool: what ``pool="auto"`` means for it.
+        linear: Z is linear in T once the condition is fixed, so ``bake`` is exact.
+        state: what a condition of several unpooled tokens becomes: "matrix" [R, R], "vector" [R] or "tokens" [M, R].
+            A pooled condition, or one of a single token, is always a vector.
+        causal: the route reads one input token at a time, so it may sit in a causal decoder.
+    """
+
+    code: int
+    pool: str
+    linear: bool
+    state: str
+    causal: bool = True
+
+
+ROUTES = {
+    "none": Route(0, pool="none", linear=True, state="vector"),
+    "add": Route(1, pool="mean", linear=True, state="tokens"),
+    "mul": Route(2, pool="mean", linear=True, state="tokens"),
+    "expand": Route(3, pool="mean", linear=True, state="tokens"),
+    "gram": Route(4, pool="none", linear=True, state="matrix"),
+    "gram_relu": Route(5, pool="none", linear=False, state="matrix"),
+    "cross_gram": Route(6, pool="mean", linear=False, state="tokens", causal=False),
+    "ones": Route(7, pool="none", linear=True, state="vector"),
+    # Reference backend only: parity with checkpoints of the published code, which reshapes where the formula transposes.
+    "gram_reshape": Route(8, pool="none", linear=True, state="matrix"),
+}
+POOLS = {"none": 0, "mean": 1, "first": 2}
+SCALES = {"none": 0, "tokens": 1}
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+
+
+def one_of(name: str, value: object, allowed: object) -> str:
+    """``value`` if it is among ``allowed``; otherwise a ValueError that names the argument and the choices."""
+    choices = list(allowed)  # type: ignore[call-overload]
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def resolve_pool(routing: str, pool: str) -> str:
+    """The pooling that ``pool`` stands for under ``routing`` ("auto" depends on the route)."""
+    one_of("condition_pool", pool, ("auto", *POOLS))
+    return ROUTES[routing].pool if pool == "auto" else pool
+
+
+def state_kind(routing: str, pool: str, pooled_to_one: bool) -> str:
+    """"vector", "matrix" or "tokens": the form of the state for a resolved ``pool``.
+
+    ``pooled_to_one`` says that the condition has exactly one token anyway.
+    """
+    if routing == "gram_reshape":
+        return "matrix"
+    return "vector" if pooled_to_one or pool != "none" else ROUTES[routing].state

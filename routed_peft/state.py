@@ -1,0 +1,67 @@
+"""ConditionState: a condition as one layer sees it, encoded once and used many times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import StaleStateError
+
+
+@dataclass(frozen=True)
+class ConditionState:
+    """The condition state of one routed layer: all that its forward needs to know of the condition.
+
+    Attributes:
+        routing: the route it was encoded for.
+        tensor: float32 (float64 for float64 inputs). v [B, R] for a pooled condition or one of a single token; for
+            gram S = VᵀV and for gram_relu K = relu(V)ᵀV, [B, R, R] (with unmixed output slices [B, R, w]: the slices'
+            w×w matrices below one another); V [B, M, R] where the route works token by token.
+        versions: identity and version counter of the parameters it was made from.
+
+    A differentiable pytree: gradients flow through ``tensor``. It belongs to one layer and to the parameter values of
+    the moment; using it after they changed raises :class:`StaleStateError`.
+    """
+
+    routing: str
+    tensor: Tensor
+    versions: tuple[tuple[int, int], ...] = ()
+
+    def to(self, *args: Any, **kwargs: Any) -> ConditionState:
+        """The state with its tensor moved, as ``Tensor.to``."""
+        return ConditionState(self.routing, self.tensor.to(*args, **kwargs), self.versions)
+
+    def index_select(self, rows: Tensor) -> ConditionState:
+        """The states of the conditions ``rows`` (int64 [K]), for instance to reorder beams."""
+        return ConditionState(self.routing, self.tensor.index_select(0, rows), self.versions)
+
+    def check_fresh(self, name: str, *parameters: Tensor | None) -> None:
+        """Raise StaleStateError if one of ``parameters`` changed since this state was encoded with it."""
+        if torch.compiler.is_compiling():
+            return  # a version counter is no part of a traced graph
+        now = dict(versions_of(*parameters))
+        if any(now.get(key, version) != version for key, version in self.versions):
+            raise StaleStateError(
+                f"{name}: this ConditionState was encoded before the parameters changed; encode it again"
+            )
+
+
+def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:
+    """Identity and version counter of each tensor that is there."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple((id(p), p._version) for p in parameters if p is not None and not p.is_inference())
+
+
+pytree.register_pytree_node(
+    ConditionState,
+    lambda state: ([state.tensor], (state.routing, state.versions)),
+    lambda children, context: ConditionState(context[0], next(iter(children)), context[1]),
+    serialized_type_name="routed_peft.ConditionState",
+    to_dumpable_context=lambda context: [context[0], [list(pair) for pair in context[1]]],
+    from_dumpable_context=lambda dumped: (dumped[0], tuple((pair[0], pair[1]) for pair in dumped[1])),
+)
