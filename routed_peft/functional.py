@@ -1,8 +1,8 @@
 """The routed operator as differentiable functions.
 
 ``routed_lora`` is the low-rank update alone, ``routed_linear`` a linear layer with it, ``routed_adapter`` the Adapter
-form. Each is one call of the C++ library forward and one backward (``ops``), tied together by an autograd function here;
-``backend="reference"`` runs the definition (``reference``) instead.
+form. Each is one call of the C++ library forward and one backward (``ops``), tied together by an autograd function
+here; ``backend="reference"`` runs the definition (``reference``) instead.
 
 Shapes: B samples, N input tokens, M condition tokens; d, d_c, o input, condition and output widths; R bottleneck width.
 Source: Qu et al., ECCV 2024 (arXiv 2403.09377); shared forms and gradients as in ``reference``.
@@ -10,11 +10,14 @@ Source: Qu et al., ECCV 2024 (arXiv 2403.09377); shared forms and gradients as i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from .errors import ConditionShapeError, MissingConditionError
@@ -227,12 +230,11 @@ def encode_condition(
     where = ops.resolve_backend(backend, routing, C.shape[0] // groups, y)
     if where == "reference":
         options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
-        with torch.autocast(y.device.type, enabled=False):
+        with _no_autocast(y.device):
             state = reference.encode_condition(_tokens(y), C, b_C, mask, None, None, options)
     else:
         numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, C, b_C))
-        if save:
+        if _differentiated(y, C, b_C):
             state = _Encode.apply(y, C, b_C, mask, *numbers)[0]  # type: ignore[no-untyped-call]
         else:
             state = torch.ops.routed_peft.encode(y, C, b_C, mask, *numbers, False)[0]
@@ -242,9 +244,14 @@ def encode_condition(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a layer computes in: autocast's where it is on for x's device, else x's own."""
     kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if kind != "meta" and x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on ``device``; the meta device has none, and asking for it there is an error."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -298,7 +305,9 @@ def apply(
     x = x.to(compute_dtype(x)).contiguous()
     slices, groups, out_features = _output(name, A, B, W, out_slices, route_across_slices, out_features)
     if residual and out_features != x.shape[-1]:
-        raise ConditionShapeError(f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}")
+        raise ConditionShapeError(
+            f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}"
+        )
 
     condition: Tensor | None
     if routing == "none":
@@ -307,7 +316,9 @@ def apply(
     elif isinstance(state_or_y, ConditionState):
         source, condition = "state", state_or_y.tensor
         if state_or_y.routing != routing:
-            raise ConditionShapeError(f"{name}: the ConditionState is for routing {state_or_y.routing!r}, not {routing!r}")
+            raise ConditionShapeError(
+                f"{name}: the ConditionState is for routing {state_or_y.routing!r}, not {routing!r}"
+            )
         state_or_y.check_fresh(name, *((A, b_down) if C is None else (C, b_C)))
         _check_device(name, condition, x)
         condition = condition.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
@@ -318,7 +329,9 @@ def apply(
                 f"{name}: no condition was given; without one the route is in-sequence and needs mask [batch, tokens]"
             )
         if C is not None:
-            raise ConditionShapeError(f"{name}: an in-sequence condition shares A, so C must be None, got {tuple(C.shape)}")
+            raise ConditionShapeError(
+                f"{name}: an in-sequence condition shares A, so C must be None, got {tuple(C.shape)}"
+            )
         if index is not None:
             raise ConditionShapeError(f"{name}: an in-sequence condition takes no condition_index")
     else:
@@ -341,7 +354,9 @@ def apply(
     if source == "tokens" and condition is not None:
         flat = condition_cu_seqlens is not None
         if flat and mask is not None:
-            raise ConditionShapeError(f"{name}: condition_mask goes with padded conditions; a flat condition has no padding")
+            raise ConditionShapeError(
+                f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
+            )
         shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
         mask = _check_mask(name, "condition mask", mask, shape, "condition")
     elif source == "in_sequence":
@@ -371,7 +386,7 @@ def apply(
         samples, ROUTES[routing].code, ops.SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
         out_features, options.scaling, options.dropout, options.condition_dropout, ACTIVATIONS[activation], residual,
     )  # fmt: skip
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:9])):
+    if not _differentiated(*tensors[:9]):
         return torch.ops.routed_peft.forward(*tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
     encodes = source in ("tokens", "in_sequence")
     projection = (A, b_down) if C is None else (C, b_C)
@@ -381,11 +396,20 @@ def apply(
 
 
 def _run_reference(tensors: tuple[Any, ...], options: Options) -> Tensor:
-    x, a, b, condition, *rest = tensors
-    if options.source == "tokens" and rest[-2] is None:
+    x, condition, condition_cu_seqlens = tensors[0], tensors[3], tensors[13]
+    if options.source == "tokens" and condition_cu_seqlens is None:
         condition = _tokens(condition)
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.forward(x, a, b, condition, *rest, options)
+    arguments: list[Any] = [*tensors[:3], condition, *tensors[4:], options]
+    with _no_autocast(x.device):
+        return reference.forward(*arguments)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see the call. Inside a forward-mode level it always has: the node then refuses tangents,
+    which the bare op would drop."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Routed(torch.autograd.Function):
@@ -409,7 +433,8 @@ class _Routed(torch.autograd.Function):
             return (None,) * 29
         t, state, kept, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[:9]
-        gradients = torch.ops.routed_peft.backward(_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
+        arguments = (_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
+        gradients = _once(torch.ops.routed_peft.backward, *arguments)
         return (*_needed(gradients, needs), *(None,) * 20)
 
 
@@ -433,8 +458,36 @@ class _Encode(torch.autograd.Function):
             return (None,) * 8
         kept, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        gradients = torch.ops.routed_peft.encode_backward(_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
+        arguments = (_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
+        gradients = _once(torch.ops.routed_peft.encode_backward, *arguments)
         return (*_needed(gradients, needs), *(None,) * 5)
+
+
+class _Once(torch.autograd.Function):
+    """A backward op where its own derivative is recorded (create_graph, torch.func.grad): asking for that one raises.
+
+    The op's own formula raises too, but torch.func takes no function without setup_context, even if it is never run.
+    """
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return ops.refuse_gradient(ctx, *gradients)
+
+
+def _once(op: Any, *args: Any) -> Any:
+    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)  # type: ignore[no-untyped-call]
+
+
+for _node in (_Routed, _Encode):  # torch reads the signature on every call; working it out each time costs 8 µs
+    _node.forward.__signature__ = inspect.signature(_node.forward)  # type: ignore[attr-defined]
 
 
 def _bits(needs: Sequence[bool]) -> int:
@@ -486,10 +539,16 @@ def _check_mask(name: str, what: str, mask: Tensor | None, shape: tuple[int, ...
 
 def _check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> Tensor:
     if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
-        raise ConditionShapeError(f"{name}: {what} must be int32 or int64 [batch + 1], got {cu.dtype} {tuple(cu.shape)}")
+        raise ConditionShapeError(
+            f"{name}: {what} must be int32 or int64 [batch + 1], got {cu.dtype} {tuple(cu.shape)}"
+        )
     if not torch.compiler.is_compiling() and cu.device.type == "cpu":
         bounds = cu.tolist()
-        if bounds[0] != 0 or bounds[-1] != flat.shape[0] or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        if (
+            bounds[0] != 0
+            or bounds[-1] != flat.shape[0]
+            or any(b < a for a, b in zip(bounds, bounds[1:], strict=False))
+        ):
             raise ConditionShapeError(f"{name}: {what} must rise from 0 to the {flat.shape[0]} rows, got {bounds}")
     return cu.to(torch.int64).contiguous()
 
@@ -559,7 +618,9 @@ def _samples(
             raise ConditionShapeError(f"{name}: condition_index is on {index.device}, the layer input on {x.device}")
         samples = given if given is not None else index.shape[0]
         if index.shape[0] != samples:
-            raise ConditionShapeError(f"{name}: input batch {samples} does not match condition_index {tuple(index.shape)}")
+            raise ConditionShapeError(
+                f"{name}: input batch {samples} does not match condition_index {tuple(index.shape)}"
+            )
         if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
             low, high = (int(t) for t in index.aminmax())
             if low < 0 or high >= conditions:
@@ -612,15 +673,16 @@ def _check_elementwise(
     assert condition is not None
     if (cu_seqlens is None) != (condition_cu_seqlens is None):
         raise ConditionShapeError(
-            f"{name}: condition_pool='none' under routing {routing!r} pairs tokens, so input and condition must both be "
-            "flat or both be padded"
+            f"{name}: condition_pool='none' under routing {routing!r} pairs tokens, so input and condition must "
+            "both be flat or both be padded"
         )
     if cu_seqlens is not None and condition_cu_seqlens is not None:
         if cu_seqlens.shape != condition_cu_seqlens.shape or not (
             torch.compiler.is_compiling() or torch.equal(cu_seqlens, condition_cu_seqlens)
         ):
             raise ConditionShapeError(
-                f"{name}: condition_pool='none' under routing {routing!r} needs equal cu_seqlens for input and condition"
+                f"{name}: condition_pool='none' under routing {routing!r} needs equal cu_seqlens for input and "
+                "condition"
             )
         return
     tokens = condition.shape[1] if condition.dim() == 3 else 1

@@ -76,14 +76,16 @@ _told: set[str] = set()
 
 
 def resolve_backend(backend: str, routing: str, width: int, x: Tensor) -> str:
-    """"cpu" or "reference": who computes this call. Falling back under "auto" is told once."""
+    """Who computes this call: "cpu" or "reference". Falling back under "auto" is told once."""
     if backend == "reference":
         return backend
     device = x.device.type
     ok, reason = supports(routing, width, x.dtype, device)
     if backend in ("cpu", "cuda"):
         if device != backend and device != "meta":
-            raise UnsupportedError(f"backend={backend!r} was asked for, and the input is on {x.device}; use backend='auto'")
+            raise UnsupportedError(
+                f"backend={backend!r} was asked for, and the input is on {x.device}; use backend='auto'"
+            )
         if not ok:
             raise UnsupportedError(f"backend={backend!r}: {reason}; use backend='auto'")
         return backend
@@ -176,7 +178,9 @@ def _gradients_fake(needs: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """One gradient for each input, like it; empty where bit i of ``needs`` does not ask for it."""
     like = next(t for t in inputs if t is not None)
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needs >> i & 1 and t is not None else like.new_empty([0])
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if needs >> i & 1 and t is not None
+        else like.new_empty([0])
         for i, t in enumerate(inputs)
     )
 
@@ -214,7 +218,8 @@ def _encode_backward_fake(needs: int, dstate: Tensor, kept: Tensor, *inputs: Any
     return _gradients_fake(needs, *inputs[:3])
 
 
-def _refuse_gradient(ctx: Any, *gradients: Any) -> Any:
+def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
+    """The derivative of the ops: an error, never a silent zero."""
     raise RuntimeError(
         "torch.ops.routed_peft.* has no derivative of its own (and its backward no second one): "
         "call routed_peft.functional, which differentiates once"
@@ -229,6 +234,6 @@ if extension is not None:
         ("encode_backward", _encode_backward_fake),
     ):
         torch.library.register_fake(f"routed_peft::{_name}", _fake)
-        torch.library.register_autograd(f"routed_peft::{_name}", _refuse_gradient)
+        torch.library.register_autograd(f"routed_peft::{_name}", refuse_gradient)
 
 assert SCALES == {"none": 0, "tokens": 1}

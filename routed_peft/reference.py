@@ -6,8 +6,8 @@ written to be read: one formula a line, no speed tricks, autograd does the gradi
 Source: Qu, Tuytelaars, Moens, "Introducing Routing Functions to Vision-Language Parameter-Efficient Fine-Tuning with
 Low-Rank Bottlenecks", ECCV 2024 (arXiv 2403.09377).
 
-Shapes: B samples, N input tokens, M condition tokens, d / d_c / o input, condition and output widths, R bottleneck width.
-Unless ``groups`` is 1, the R columns are ``groups`` independent bottlenecks of w = R / groups columns.
+Shapes: B samples, N input tokens, M condition tokens; d, d_c, o input, condition and output widths; R bottleneck
+width. Unless ``groups`` is 1, the R columns are ``groups`` independent bottlenecks of w = R / groups columns.
 
     T = drop(X) Aᵀ + b_down   [B, N, R]        V = drop(Y) Cᵀ + b_C   [B, M, R], zero in masked rows
     out = base + s · act(ρ(T, V)) B̂ᵀ           B̂ is block-diagonal over the output slices
@@ -73,7 +73,7 @@ def dropout_multiplier(seed: Tensor, rows: int, cols: int, p: float, stream: int
         4 * (c // 64) + (t % 8) // 2,
         2 * stream + slot // 8,
     )
-    word = torch.stack(torch.broadcast_tensors(*words))
+    word = torch.stack(torch.broadcast_tensors(*words))  # type: ignore[no-untyped-call]
     chosen = word.gather(0, ((slot % 8) // 2).expand(rows, cols)[None])[0]
     halfword = (chosen >> (16 * (slot % 2))) & 0xFFFF
     return (halfword >= k).double() * (65536 / (65536 - k))
@@ -85,12 +85,12 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     if seed is None:
         raise ValueError("dropout needs a seed")
     rows = x.reshape(-1, x.shape[-1])
-    return (rows * dropout_multiplier(seed, *rows.shape, p, stream).to(x.dtype)).reshape(x.shape)
+    return (rows * dropout_multiplier(seed, rows.shape[0], rows.shape[1], p, stream).to(x.dtype)).reshape(x.shape)
 
 
 # ------------------------------------------------------------------------------------------------ layout
 def _pad(flat: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat rows [ΣN_i, d] -> ([B, max N_i, d] with zeros behind the end of each sample, the valid positions [B, max])."""
+    """Flat rows [ΣN_i, d] -> [B, max N_i, d], zeros behind the end of each sample; and the valid positions [B, max]."""
     bounds = cu_seqlens.tolist()
     longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
     pieces = [F.pad(flat[a:b], (0, 0, 0, longest - (b - a))) for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -100,7 +100,7 @@ def _pad(flat: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _split(t: Tensor, groups: int) -> Tensor:
     """[B, N, R] -> [B, groups, N, w]."""
-    return t.reshape(*t.shape[:2], groups, -1).transpose(1, 2)
+    return t.reshape(*t.shape[:2], groups, t.shape[2] // groups).transpose(1, 2)
 
 
 def _join(t: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def route(t: Tensor, state: Tensor | None, input_valid: Tensor, options: Options
     kind = "vector" if state.dim() == 2 else "matrix" if options.routing.startswith("gram") else "tokens"
     tg = _split(t, options.groups)  # [B, groups, N, w]
     if kind == "matrix":
-        s = state.reshape(state.shape[0], options.groups, -1, state.shape[2])
+        s = state.reshape(state.shape[0], options.groups, state.shape[2], state.shape[2])
         return _join((tg.relu() if options.routing == "gram_relu" else tg) @ s)
     if options.routing == "cross_gram":
         tg_valid = tg.masked_fill(~input_valid[:, None, :, None], 0)
@@ -178,7 +178,7 @@ def up_project(z: Tensor, b: Tensor, options: Options) -> Tensor:
     bounds = list(zip(options.slices[::2], options.slices[1::2], strict=True))
     lengths = [stop - start for start, stop in bounds]
     out = z.new_zeros(*z.shape[:-1], options.out_features)
-    for (start, stop), zi, bi in zip(bounds, z.chunk(len(bounds), -1), b.split(lengths), strict=True):
+    for (start, stop), zi, bi in zip(bounds, z.chunk(len(bounds), -1), torch.split(b, lengths), strict=True):
         out = out.slice_scatter(F.linear(zi, bi), -1, start, stop)
     return out
 
@@ -189,7 +189,9 @@ def activate(z: Tensor, name: str) -> Tensor:
         return F.gelu(z)
     if name == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
-    return {"none": lambda t: t, "relu": F.relu, "silu": F.silu}[name](z)
+    if name == "relu":
+        return F.relu(z)
+    return F.silu(z) if name == "silu" else z
 
 
 def encode_condition(
@@ -243,7 +245,7 @@ def forward(
     )
     rows = t.reshape(-1, t.shape[-1])
     if cu_seqlens is None:
-        t = rows.reshape(options.samples, rows.shape[0] // max(options.samples, 1), -1)
+        t = rows.reshape(options.samples, rows.shape[0] // max(options.samples, 1), rows.shape[1])
         present = torch.ones(t.shape[:2], dtype=torch.bool, device=x.device)
     else:
         t, present = _pad(rows, cu_seqlens)
@@ -254,6 +256,8 @@ def forward(
         state = condition
     elif options.source == "in_sequence":
         assert mask is not None
+        if cu_seqlens is not None:
+            mask = _pad(mask[:, None], cu_seqlens)[0][..., 0]
         state = encode(t, mask & present, options)
     else:
         assert condition is not None

@@ -35,7 +35,8 @@ ROUTES = {
     "gram_relu": Route(5, pool="none", linear=False, state="matrix"),
     "cross_gram": Route(6, pool="mean", linear=False, state="tokens", causal=False),
     "ones": Route(7, pool="none", linear=True, state="vector"),
-    # Reference backend only: parity with checkpoints of the published code, which reshapes where the formula transposes.
+    # Reference backend only: parity with checkpoints of the published code, which reshapes where the formula
+    # transposes.
     "gram_reshape": Route(8, pool="none", linear=True, state="matrix"),
 }
 POOLS = {"none": 0, "mean": 1, "first": 2}
@@ -58,7 +59,7 @@ def resolve_pool(routing: str, pool: str) -> str:
 
 
 def state_kind(routing: str, pool: str, pooled_to_one: bool) -> str:
-    """"vector", "matrix" or "tokens": the form of the state for a resolved ``pool``.
+    """The form of the state for a resolved ``pool``: "vector", "matrix" or "tokens".
 
     ``pooled_to_one`` says that the condition has exactly one token anyway.
     """

@@ -57,11 +57,34 @@ def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:
     return tuple((id(p), p._version) for p in parameters if p is not None and not p.is_inference())
 
 
+class _Versions(tuple[tuple[int, int], ...]):
+    """Travels with a flattened state and is no part of its structure, so that an exported program takes every state."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Versions)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _flatten(state: ConditionState) -> tuple[list[Any], Any]:
+    return [state.tensor], (state.routing, _Versions(state.versions))
+
+
+def _flatten_with_keys(state: ConditionState) -> tuple[list[Any], Any]:
+    children, context = _flatten(state)
+    return [(pytree.GetAttrKey("tensor"), children[0])], context
+
+
 pytree.register_pytree_node(
     ConditionState,
-    lambda state: ([state.tensor], (state.routing, state.versions)),
-    lambda children, context: ConditionState(context[0], next(iter(children)), context[1]),
+    _flatten,
+    lambda children, context: ConditionState(context[0], next(iter(children)), tuple(context[1])),
     serialized_type_name="routed_peft.ConditionState",
-    to_dumpable_context=lambda context: [context[0], [list(pair) for pair in context[1]]],
-    from_dumpable_context=lambda dumped: (dumped[0], tuple((pair[0], pair[1]) for pair in dumped[1])),
+    to_dumpable_context=lambda context: context[0],  # an identity means nothing in another process
+    from_dumpable_context=lambda routing: (routing, _Versions()),
+    flatten_with_keys_fn=_flatten_with_keys,
 )

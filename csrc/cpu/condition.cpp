@@ -29,7 +29,8 @@ void counted_rows(const Problem& p, int64_t condition, const Body& body) {
 
 Pooled pooled(const Problem& p, int64_t condition) {
   Pooled result;
-  for (int64_t row = p.conditions.begin(condition); row < p.conditions.end(condition); ++row) result.valid += valid_row(p, row);
+  for (int64_t row = p.conditions.begin(condition); row < p.conditions.end(condition); ++row)
+    result.valid += valid_row(p, row);
   if (result.valid == 0) return result;
   const double count = static_cast<double>(result.valid);
   if (p.pool == Pool::kMean) {
@@ -56,7 +57,7 @@ void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y) {
   const int64_t conditions = p.conditions.count, features = p.y.cols;
   constexpr int64_t kColumns = 256;  // a piece of work: so many columns of one condition
   const int64_t pieces = (features + kColumns - 1) / kColumns;
-  host.parallel_for(conditions * pieces, [&](int64_t begin, int64_t end) {
+  parallel(host, conditions * pieces, 2.0 * double(p.conditions.rows * features), [&](int64_t begin, int64_t end) {
     Acc line[kColumns];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t c = item / pieces, j0 = item % pieces * kColumns, n = std::min(kColumns, features - j0);
@@ -84,7 +85,7 @@ template <class Acc>
 void project_tokens(const Host& host, const Problem& p, const Matrix& t, Acc* v) {
   const int64_t rows = p.conditions.rows;
   if (p.source == Source::kInSequence) {
-    host.parallel_for(rows, [&](int64_t begin, int64_t end) {
+    parallel(host, rows, double(rows * p.width), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) load_row(t, row, 0, p.width, v + row * p.width);
     });
   } else {
@@ -103,7 +104,7 @@ void encode_matrix(const Host& host, const Problem& p, const Acc* v, Acc* s) {
   const int64_t w = p.group_width(), groups = p.groups;
   Array<Acc> factor(p.conditions.count);
   scale_factors(p, factor.get());
-  host.parallel_for(p.conditions.count * groups, [&](int64_t begin, int64_t end) {
+  parallel(host, p.conditions.count * groups, double(p.conditions.rows * p.width * w), [&](int64_t begin, int64_t end) {
     thread_local Scratch<Acc> scratch;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t c = item / groups, g = item % groups;
@@ -130,41 +131,42 @@ void matrix_backward(const Host& host, const Problem& p, const Acc* v, const Acc
   const int64_t w = p.group_width(), groups = p.groups;
   Array<Acc> factor(p.conditions.count);
   scale_factors(p, factor.get());
-  host.parallel_for(p.conditions.count * groups, [&](int64_t begin, int64_t end) {
-    thread_local Scratch<Acc> scratch;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t c = item / groups, g = item % groups;
-      const int64_t first = p.conditions.begin(c), rows = p.conditions.end(c) - first;
-      const Matrix d = acc(ds + (c * groups + g) * w * w, w, w);
-      const Matrix vg = acc(v, p.conditions.rows, p.width).block(first, g * w, rows, w);
-      const Matrix target = acc(dv, p.conditions.rows, p.width).block(first, g * w, rows, w);
-      Epilogue scaled, added;
-      scaled.alpha = added.alpha = factor[c];
-      added.accumulate = true;
-      if (p.routing == Routing::kGram) {  // V (D + Dᵀ)
-        gemm_serial<Acc>(target, vg, d, scaled);
-        gemm_serial<Acc>(target, vg, d.transposed(), added);
-        continue;
-      }
-      // relu(V) D + (V Dᵀ) ∘ [V > 0]
-      Acc* positive = scratch.get(rows * w);
-      gemm_serial<Acc>(target, vg, d.transposed(), scaled);
-      for (int64_t m = 0; m < rows; ++m) {
-        const Acc* row = v + (first + m) * p.width + g * w;
-        Acc* out = dv + (first + m) * p.width + g * w;
-        for (int64_t j = 0; j < w; ++j) {
-          positive[m * w + j] = std::max(row[j], Acc{0});
-          if (!(row[j] > 0)) out[j] = 0;
-        }
-      }
-      gemm_serial<Acc>(target, acc(positive, rows, w), d, added);
-    }
-  });
+  parallel(host, p.conditions.count * groups, 2.0 * double(p.conditions.rows * p.width * w),
+           [&](int64_t begin, int64_t end) {
+             thread_local Scratch<Acc> scratch;
+             for (int64_t item = begin; item < end; ++item) {
+               const int64_t c = item / groups, g = item % groups;
+               const int64_t first = p.conditions.begin(c), rows = p.conditions.end(c) - first;
+               const Matrix d = acc(ds + (c * groups + g) * w * w, w, w);
+               const Matrix vg = acc(v, p.conditions.rows, p.width).block(first, g * w, rows, w);
+               const Matrix target = acc(dv, p.conditions.rows, p.width).block(first, g * w, rows, w);
+               Epilogue scaled, added;
+               scaled.alpha = added.alpha = factor[c];
+               added.accumulate = true;
+               if (p.routing == Routing::kGram) {  // V (D + Dᵀ)
+                 gemm_serial<Acc>(target, vg, d, scaled);
+                 gemm_serial<Acc>(target, vg, d.transposed(), added);
+                 continue;
+               }
+               // relu(V) D + (V Dᵀ) ∘ [V > 0]
+               Acc* positive = scratch.get(rows * w);
+               gemm_serial<Acc>(target, vg, d.transposed(), scaled);
+               for (int64_t m = 0; m < rows; ++m) {
+                 const Acc* row = v + (first + m) * p.width + g * w;
+                 Acc* out = dv + (first + m) * p.width + g * w;
+                 for (int64_t j = 0; j < w; ++j) {
+                   positive[m * w + j] = std::max(row[j], Acc{0});
+                   if (!(row[j] > 0)) out[j] = 0;
+                 }
+               }
+               gemm_serial<Acc>(target, acc(positive, rows, w), d, added);
+             }
+           });
 }
 
 template <class Acc>
-void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const Acc* pooled_y, const Matrix& dy, bool add_dy,
-                      const Matrix& dc, const Matrix& db_c, bool add_dc) {
+void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const Acc* pooled_y, const Matrix& dy,
+                      bool add_dy, const Matrix& dc, const Matrix& db_c, bool add_dc) {
   const int64_t conditions = p.conditions.count, features = p.y.cols;
   const Matrix dv_matrix = acc(dv, conditions, p.width);
   if (dc) {
@@ -183,7 +185,7 @@ void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const A
   if (!dy) return;
   Array<Acc> dpooled(conditions * features);
   gemm<Acc>(host, acc(dpooled.get(), conditions, features), dv_matrix, p.c);
-  host.parallel_for(conditions, [&](int64_t begin, int64_t end) {
+  parallel(host, conditions, 2.0 * double(p.conditions.rows * features), [&](int64_t begin, int64_t end) {
     thread_local Scratch<Acc> line_scratch, old_scratch;
     Acc* line = line_scratch.get(features);
     for (int64_t c = begin; c < end; ++c) {
@@ -207,8 +209,8 @@ void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const A
 }
 
 template <class Acc>
-void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& dy, const Matrix& dc, const Matrix& db_c,
-                     bool add_dc) {
+void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& dy, const Matrix& dc,
+                     const Matrix& db_c, bool add_dc) {
   const int64_t rows = p.conditions.rows;
   if (p.condition_mask != nullptr) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -229,15 +231,16 @@ void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& 
   }
 }
 
-#define RP_INSTANTIATE(Acc)                                                                                       \
-  template void scale_factors<Acc>(const Problem&, Acc*);                                                         \
-  template void encode_vector<Acc>(const Host&, const Problem&, Acc*, Acc*);                                      \
-  template void project_tokens<Acc>(const Host&, const Problem&, const Matrix&, Acc*);                            \
-  template void encode_matrix<Acc>(const Host&, const Problem&, const Acc*, Acc*);                                \
-  template void matrix_backward<Acc>(const Host&, const Problem&, const Acc*, const Acc*, Acc*);                  \
-  template void vector_gradients<Acc>(const Host&, const Problem&, const Acc*, const Acc*, const Matrix&, bool,   \
-                                      const Matrix&, const Matrix&, bool);                                        \
-  template void token_gradients<Acc>(const Host&, const Problem&, Acc*, const Matrix&, const Matrix&, const Matrix&, bool);
+#define RP_INSTANTIATE(Acc)                                                                                          \
+  template void scale_factors<Acc>(const Problem&, Acc*);                                                            \
+  template void encode_vector<Acc>(const Host&, const Problem&, Acc*, Acc*);                                         \
+  template void project_tokens<Acc>(const Host&, const Problem&, const Matrix&, Acc*);                               \
+  template void encode_matrix<Acc>(const Host&, const Problem&, const Acc*, Acc*);                                   \
+  template void matrix_backward<Acc>(const Host&, const Problem&, const Acc*, const Acc*, Acc*);                     \
+  template void vector_gradients<Acc>(const Host&, const Problem&, const Acc*, const Acc*, const Matrix&, bool,      \
+                                      const Matrix&, const Matrix&, bool);                                           \
+  template void token_gradients<Acc>(const Host&, const Problem&, Acc*, const Matrix&, const Matrix&, const Matrix&, \
+                                     bool);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)
 

@@ -44,12 +44,12 @@ void matrix_backward(const Host& host, const Problem& p, const Acc* v, const Acc
 
 // Gradients of y, C and its bias from dv [conditions, R]; dy and, where C is shared, dc and db_c are added to.
 template <class Acc>
-void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const Acc* pooled_y, const Matrix& dy, bool add_dy,
-                      const Matrix& dc, const Matrix& db_c, bool add_dc);
+void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const Acc* pooled_y, const Matrix& dy,
+                      bool add_dy, const Matrix& dc, const Matrix& db_c, bool add_dc);
 
 // The same from dV [y_rows, R]; masked rows of dV count as zero.
 template <class Acc>
-void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& dy, const Matrix& dc, const Matrix& db_c,
-                     bool add_dc);
+void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& dy, const Matrix& dc,
+                     const Matrix& db_c, bool add_dc);
 
 }  // namespace routed_peft::cpu

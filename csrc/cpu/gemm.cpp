@@ -12,7 +12,7 @@
 namespace routed_peft::cpu {
 namespace {
 
-constexpr int64_t kDepth = 256, kBlockRows = 128, kBlockColumns = 128, kWide = 256;
+constexpr int64_t kDepth = 128, kBlockRows = 128, kBlockColumns = 128, kWide = 256;
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -36,7 +36,8 @@ void read_line(const Operand& o, bool columns, int64_t line, int64_t offset, int
 
 // rows × cols of a from (row, col) on: [padded rows, cols] if lines are rows, [cols, padded rows] if they are columns.
 template <class Acc>
-void read_tile(const Operand& a, bool columns, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t padded, Acc* to) {
+void read_tile(const Operand& a, bool columns, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t padded,
+               Acc* to) {
   if (columns) {
     for (int64_t k = 0; k < cols; ++k) {
       read_line(a, true, col + k, row, rows, to + k * padded);
@@ -65,13 +66,15 @@ void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t
     for (int64_t k = 0; k < depth; ++k) {
       read_line(b, false, k0 + k, j0, n, line);
       std::fill_n(line + n, padded - n, Acc{0});
-      for (int64_t j = 0; j < padded; j += nr) std::memcpy(panels + j * depth + k * nr, line + j, sizeof(Acc) * size_t(nr));
+      for (int64_t j = 0; j < padded; j += nr)
+        std::memcpy(panels + j * depth + k * nr, line + j, sizeof(Acc) * size_t(nr));
     }
   }
 }
 
 template <class Acc>
-void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld, const Epilogue& e) {
+void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld,
+            const Epilogue& e) {
   thread_local Scratch<Acc> other_scratch;
   Acc* other = other_scratch.get(cols);
   const Acc alpha = static_cast<Acc>(e.alpha);
@@ -103,8 +106,8 @@ Blocking blocking(int64_t m, int64_t n) {
 
 // Block number `block` of out. `laid`: all of b in panels, by (column block, depth step), or nullptr.
 template <class Acc>
-void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e, const Blocking& grid, int64_t block,
-               const Acc* laid) {
+void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e, const Blocking& grid,
+               int64_t block, const Acc* laid) {
   const Isa<Acc>& set = isa<Acc>();
   const int64_t k = a.matrix.cols;
   const int64_t i0 = block / grid.column_blocks * grid.rows, j0 = block % grid.column_blocks * grid.columns;
@@ -167,8 +170,9 @@ template <class Acc>
 void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
   const int64_t m = out.rows, n = out.cols, k = a.matrix.cols;
   if (m == 0 || n == 0) return;
-  const bool plain = a.dropout.threshold == 0 && b.dropout.threshold == 0 && epilogue.mask.threshold == 0 && a.valid == nullptr &&
-                     b.valid == nullptr && a.matrix.dtype == out.dtype && b.matrix.dtype == out.dtype;
+  const bool plain = a.dropout.threshold == 0 && b.dropout.threshold == 0 && epilogue.mask.threshold == 0 &&
+                     a.valid == nullptr && b.valid == nullptr && a.matrix.dtype == out.dtype &&
+                     b.matrix.dtype == out.dtype;
   if (plain && plan::library_gemm(out.dtype, m, n, k)) {
     const bool start = epilogue.bias || epilogue.residual;
     if (!(start && epilogue.accumulate)) {
@@ -183,7 +187,7 @@ void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& 
   if (lay_once) {
     laid = Array<Acc>(up(n, set.nr) * k);
     const int64_t steps = (k + kDepth - 1) / kDepth;
-    host.parallel_for(grid.column_blocks * steps, [&](int64_t begin, int64_t end) {
+    parallel(host, grid.column_blocks * steps, double(n * k), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t j0 = item / steps * grid.columns, k0 = item % steps * kDepth;
         const int64_t cols = std::min(grid.columns, n - j0);
@@ -191,11 +195,12 @@ void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& 
       }
     });
   }
-  host.parallel_for(grid.row_blocks * grid.column_blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      run_block<Acc>(out, a, b, epilogue, grid, block, lay_once ? laid.get() : nullptr);
-    }
-  });
+  parallel(host, grid.row_blocks * grid.column_blocks, double(m) * double(n) * double(k),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t block = begin; block < end; ++block) {
+               run_block<Acc>(out, a, b, epilogue, grid, block, lay_once ? laid.get() : nullptr);
+             }
+           });
 }
 
 template <class Acc>
@@ -206,7 +211,7 @@ void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Ma
   } else {
     std::fill_n(row.get(), out.cols, Acc{0});
   }
-  host.parallel_for(out.rows, [&](int64_t begin, int64_t end) {
+  parallel(host, out.rows, double(out.rows * out.cols), [&](int64_t begin, int64_t end) {
     thread_local Scratch<Acc> scratch;
     Acc* sum = scratch.get(out.cols);
     for (int64_t i = begin; i < end; ++i) {
@@ -222,7 +227,7 @@ void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Ma
 template <class Acc>
 void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid) {
   constexpr int64_t kColumns = 64;
-  host.parallel_for((out.cols + kColumns - 1) / kColumns, [&](int64_t begin, int64_t end) {
+  parallel(host, (out.cols + kColumns - 1) / kColumns, double(a.rows * out.cols), [&](int64_t begin, int64_t end) {
     Acc sum[kColumns], line[kColumns];
     for (int64_t block = begin; block < end; ++block) {
       const int64_t j0 = block * kColumns, n = std::min(kColumns, out.cols - j0);
@@ -246,12 +251,12 @@ void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accu
   });
 }
 
-#define RP_INSTANTIATE(Acc)                                                                                        \
-  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*);                                     \
-  template void store_row<Acc>(const Acc*, const Matrix&, int64_t, int64_t, int64_t);                              \
-  template void gemm<Acc>(const Host&, const Matrix&, const Operand&, const Operand&, const Epilogue&);            \
-  template void gemm_serial<Acc>(const Matrix&, const Operand&, const Operand&, const Epilogue&);                  \
-  template void fill_rows<Acc>(const Host&, const Matrix&, const Matrix&, const Matrix&);                          \
+#define RP_INSTANTIATE(Acc)                                                                             \
+  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*);                          \
+  template void store_row<Acc>(const Acc*, const Matrix&, int64_t, int64_t, int64_t);                   \
+  template void gemm<Acc>(const Host&, const Matrix&, const Operand&, const Operand&, const Epilogue&); \
+  template void gemm_serial<Acc>(const Matrix&, const Operand&, const Operand&, const Epilogue&);       \
+  template void fill_rows<Acc>(const Host&, const Matrix&, const Matrix&, const Matrix&);               \
   template void column_sums<Acc>(const Host&, const Matrix&, const Matrix&, bool, const bool*);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)

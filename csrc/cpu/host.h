@@ -17,8 +17,22 @@ class Host {
   // Runs body(begin, end) over parts of [0, count), perhaps on several threads. A part never depends on another one.
   virtual void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) const = 0;
   // out = alpha · a b (+ out if accumulate) by a vendor library; false where there is none.
-  virtual bool library_gemm(const Matrix& out, const Matrix& a, const Matrix& b, double alpha, bool accumulate) const = 0;
+  virtual bool library_gemm(const Matrix& out, const Matrix& a, const Matrix& b, double alpha,
+                            bool accumulate) const = 0;
 };
+
+// host.parallel_for where there is enough to share: `work` counts multiplications, or what takes as long, in all.
+// Waking a thread costs as much as this many of them.
+constexpr double kSharedWork = 50000;
+
+inline void parallel(const Host& host, int64_t count, double work, const std::function<void(int64_t, int64_t)>& body) {
+  if (count <= 0) return;
+  if (count == 1 || work < kSharedWork) {
+    body(0, count);
+  } else {
+    host.parallel_for(count, body);
+  }
+}
 
 // An aligned array that is not cleared.
 template <class T>

@@ -87,8 +87,8 @@ Isa<Acc> choose() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("ROUTED_PEFT_ISA");
   const auto allowed = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
-  const bool any = wanted == nullptr ||
-                   (std::strcmp(wanted, "baseline") != 0 && std::strcmp(wanted, "avx2") != 0 && std::strcmp(wanted, "avx512") != 0);
+  const bool any = wanted == nullptr || (std::strcmp(wanted, "baseline") != 0 && std::strcmp(wanted, "avx2") != 0 &&
+                                         std::strcmp(wanted, "avx512") != 0);
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

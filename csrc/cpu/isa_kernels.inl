@@ -116,7 +116,8 @@ struct Loops {
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
       for (int j = 0; j < 4; ++j) {
-        sum[j] += *reinterpret_cast<const Loose*>(a + i + j * kLanes) * *reinterpret_cast<const Loose*>(b + i + j * kLanes);
+        sum[j] +=
+            *reinterpret_cast<const Loose*>(a + i + j * kLanes) * *reinterpret_cast<const Loose*>(b + i + j * kLanes);
       }
     }
     const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);

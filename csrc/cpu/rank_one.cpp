@@ -1,5 +1,5 @@
-// With u = v, or the ones vector where a route sums: q = Aᵀ u_q (expand: ones; gram, ones: v) and p = s B̂ u_p (ones: ones;
-// expand, gram: v), group by group. Backward, one sweep over dout and x: dc_n = ⟨dout_n, p⟩, dp = Σ c_n dout_n,
+// With u = v, or the ones vector where a route sums: q = Aᵀ u_q (expand: ones; gram, ones: v) and p = s B̂ u_p (ones:
+// ones; expand, gram: v), group by group. Backward, one sweep over dout and x: dc_n = ⟨dout_n, p⟩, dp = Σ c_n dout_n,
 // dq = Σ dc_n x̃_n, dx_n = mask ∘ dc_n q; the weights' gradients are products with one row a condition.
 // Conditions are taken kConditionBlock at a time, so that q and p never grow to the size of x.
 #include "cpu/rank_one.h"
@@ -46,7 +46,8 @@ struct Directions {
     for (int64_t i = 0; i < p.slice_count; ++i) {
       const Slice& slice = p.slices[i];
       gemm<Acc>(host, acc(up.get() + slice.row, count, slice.length, p.b.rows),
-                acc(up_source(v) + i * rank, count, rank, p.width), p.b.block(slice.row, 0, slice.length, rank).transposed(), scaled);
+                acc(up_source(v) + i * rank, count, rank, p.width),
+                p.b.block(slice.row, 0, slice.length, rank).transposed(), scaled);
     }
   }
 };
@@ -56,7 +57,8 @@ int64_t group_of(const Problem& p, int64_t slice) { return p.groups == 1 ? 0 : s
 }  // namespace
 
 template <class Acc>
-void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Matrix& out, Acc* c) {
+void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Matrix& out,
+                      Acc* c) {
   const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1, d = p.a.cols, o = p.out_features;
   const Isa<Acc>& set = isa<Acc>();
   Array<Acc> bias(o);
@@ -70,7 +72,7 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
     const int64_t c1 = std::min(c0 + plan::kConditionBlock, conditions);
     directions.make(host, v + c0 * p.width, c1 - c0);
     const int64_t first = cuts.of_condition[static_cast<size_t>(c0)], last = cuts.of_condition[static_cast<size_t>(c1)];
-    host.parallel_for(last - first, [&](int64_t begin, int64_t end) {
+    parallel(host, last - first, double(p.inputs.rows * (d + o)), [&](int64_t begin, int64_t end) {
       thread_local Scratch<Acc> x_scratch, out_scratch, residual_scratch;
       Acc* x = x_scratch.get(d);
       Acc* line = out_scratch.get(o);
@@ -97,7 +99,8 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
 }
 
 template <class Acc>
-void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Backward& io, Acc* dv) {
+void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Backward& io,
+                       Acc* dv) {
   const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1, d = p.a.cols, o = p.out_features;
   const int64_t w = p.group_width(), rank = p.rank(), q_size = p.groups * d, up_size = p.b.rows;
   const bool want_dq = bool(io.da) || (dv && p.routing != Routing::kExpand);
@@ -116,7 +119,7 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
   for (int64_t c0 = 0; c0 < conditions; c0 += plan::kConditionBlock) {
     const int64_t count = std::min(plan::kConditionBlock, conditions - c0);
     directions.make(host, v + c0 * p.width, count);
-    host.parallel_for(count * splits, [&](int64_t begin, int64_t end) {
+    parallel(host, count * splits, 2.0 * double(p.inputs.rows * (d + o)), [&](int64_t begin, int64_t end) {
       thread_local Scratch<Acc> x_scratch, dout_scratch, dx_scratch, dc_scratch;
       Acc* x = x_scratch.get(d);
       Acc* dout = dout_scratch.get(o);
@@ -173,17 +176,19 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
       const Matrix u(acc((directions.q_shared ? directions.ones.get() : v_block) + g * w, count, w, p.width));
       if (io.da) gemm<Acc>(host, acc(da.get() + g * w * d, w, d, d), u.transposed(), dq_g, add);
       if (dv && p.routing != Routing::kExpand) {
-        gemm<Acc>(host, acc(dv + c0 * p.width + g * w, count, w, p.width), dq_g, p.a.block(g * w, 0, w, d).transposed(), add);
+        gemm<Acc>(host, acc(dv + c0 * p.width + g * w, count, w, p.width), dq_g, p.a.block(g * w, 0, w, d).transposed(),
+                  add);
       }
     }
     for (int64_t j = 0; j < p.slice_count; ++j) {
       const Slice& slice = p.slices[j];
       const Matrix dp_j = acc(dp.get() + slice.row, count, slice.length, splits * up_size);
       const Matrix u = acc(directions.up_source(v_block) + j * rank, count, rank, p.width);
-      if (io.db) gemm<Acc>(host, acc(db.get() + slice.row * rank, slice.length, rank, rank), dp_j.transposed(), u, add_scaled);
+      if (io.db)
+        gemm<Acc>(host, acc(db.get() + slice.row * rank, slice.length, rank, rank), dp_j.transposed(), u, add_scaled);
       if (dv && p.routing != Routing::kOnes) {
-        gemm<Acc>(host, acc(dv + c0 * p.width + j * rank, count, rank, p.width), dp_j, p.b.block(slice.row, 0, slice.length, rank),
-                  add_scaled);
+        gemm<Acc>(host, acc(dv + c0 * p.width + j * rank, count, rank, p.width), dp_j,
+                  p.b.block(slice.row, 0, slice.length, rank), add_scaled);
       }
     }
   }
@@ -191,8 +196,8 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
   for (int64_t row = 0; io.db && row < up_size; ++row) store_row(db.get() + row * rank, io.db, row, 0, rank);
 }
 
-#define RP_INSTANTIATE(Acc)                                                                                                   \
-  template void rank_one_forward<Acc>(const Host&, const Problem&, const Acc*, const Segments&, const Matrix&, Acc*);         \
+#define RP_INSTANTIATE(Acc)                                                                                           \
+  template void rank_one_forward<Acc>(const Host&, const Problem&, const Acc*, const Segments&, const Matrix&, Acc*); \
   template void rank_one_backward<Acc>(const Host&, const Problem&, const Acc*, const Segments&, const Backward&, Acc*);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)

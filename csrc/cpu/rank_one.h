@@ -9,10 +9,12 @@ namespace routed_peft::cpu {
 
 // out = bias + residual + Σ c p, all of it; c [rows, groups] is left for the backward.
 template <class Acc>
-void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Matrix& out, Acc* c);
+void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Matrix& out,
+                      Acc* c);
 
 // dx (the update's part, and the residual's), da, db from dout; and dv [conditions, R] unless nullptr.
 template <class Acc>
-void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Backward& io, Acc* dv);
+void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Backward& io,
+                       Acc* dv);
 
 }  // namespace routed_peft::cpu

@@ -82,6 +82,15 @@ Acc activate_slope(Activation activation, Acc z) {
   }
 }
 
+// Multiplications of the route over all rows, for deciding whether threads are worth waking.
+double route_work(const Problem& p, StateKind kind) {
+  const double a_row = kind == StateKind::kMatrix ? double(p.group_width())
+                       : kind == StateKind::kTokens && p.conditions.count > 0
+                           ? 2.0 * double(p.conditions.rows) / double(p.conditions.count)
+                           : 4.0;
+  return double(p.inputs.rows * p.width) * a_row;
+}
+
 // What cross_gram sums over a sample's input tokens: for a vector state u = Σ T_n and w = Σ ⟨G_n, v⟩ T_n, [samples, R];
 // for a state of tokens C = TᵀV and D = TᵀG, [samples, R, w]. u and C are over the valid tokens.
 template <class Acc>
@@ -145,7 +154,8 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
       gemm_serial<Acc>(zg, left, acc(work.matrix(s, g), w, w, w));
       continue;
     }
-    if (gram_on_tokens(p, work.state)) {  // (T Vᵀ) V a chunk of tokens at a time; relu on both factors of the first product
+    if (gram_on_tokens(
+            p, work.state)) {  // (T Vᵀ) V a chunk of tokens at a time; relu on both factors of the first product
       thread_local Scratch<Acc> product_scratch, t_scratch, v_scratch;
       const int64_t m0 = p.conditions.begin(s.condition), tokens = p.conditions.end(s.condition) - m0;
       Acc* product = product_scratch.get(rows * kTokenChunk);
@@ -176,7 +186,8 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
     for (int64_t n = 0; n < rows; ++n) {
       const Acc* tn = t + n * width + g * w;
       Acc* zn = z + n * width + g * w;
-      const Acc* v = g * w + (work.state.kind == StateKind::kVector ? work.vector(s) : work.state.data + work.token(s, n) * width);
+      const Acc* v =
+          g * w + (work.state.kind == StateKind::kVector ? work.vector(s) : work.state.data + work.token(s, n) * width);
       Acc c = 0;
       switch (p.routing) {
         case Routing::kAdd:
@@ -287,8 +298,8 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
         const Matrix v = acc(work.state.data + work.token(s, n) * width + g * w, 1, w, width);
         gemm_serial<Acc>(dtg.block(n, 0, 1, w), v, d.transposed(), adding(true));
         if (!dstate) continue;
-        gemm_serial<Acc>(acc(dstate + (s.offset + n) * width + g * w, 1, w, width), acc(t + n * width + g * w, 1, w, width), d,
-                         adding(true));
+        gemm_serial<Acc>(acc(dstate + (s.offset + n) * width + g * w, 1, w, width),
+                         acc(t + n * width + g * w, 1, w, width), d, adding(true));
       }
       continue;
     }
@@ -356,8 +367,8 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
 
 // cross_gram's sums over each sample, in the order of its rows; with g the second ones too.
 template <class Acc>
-SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                            const Acc* g) {
+SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t,
+                            const Segments& cuts, const Acc* g) {
   SampleSums<Acc> sums;
   if (p.routing != Routing::kCrossGram) return sums;
   const bool vector = state.kind == StateKind::kVector;
@@ -366,14 +377,15 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
   sums.first = Array<Acc>(p.inputs.count * sums.size);
   if (g) sums.second = Array<Acc>(p.inputs.count * sums.size);
   const Work<Acc> work{p, state, t, sums};
-  host.parallel_for(p.inputs.count, [&](int64_t begin, int64_t end) {
+  parallel(host, p.inputs.count, 2 * route_work(p, StateKind::kMatrix), [&](int64_t begin, int64_t end) {
     thread_local Scratch<Acc> scratch;
     for (int64_t sample = begin; sample < end; ++sample) {
       Acc* first = sums.first.get() + sample * sums.size;
       Acc* second = g ? sums.second.get() + sample * sums.size : nullptr;
       std::fill_n(first, sums.size, Acc{0});
       if (second) std::fill_n(second, sums.size, Acc{0});
-      const int64_t from = cuts.of_sample[static_cast<size_t>(sample)], count = cuts.sample_counts[static_cast<size_t>(sample)];
+      const int64_t from = cuts.of_sample[static_cast<size_t>(sample)],
+                    count = cuts.sample_counts[static_cast<size_t>(sample)];
       for (int64_t i = from; i < from + count; ++i) {
         const Segment& s = cuts.list[static_cast<size_t>(i)];
         const int64_t rows = s.end - s.begin;
@@ -382,7 +394,8 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
         for (int64_t n = 0; vector && n < rows; ++n) isa<Acc>().axpy(p.width, 1, tile + n * p.width, first);
         for (int64_t group = 0; !vector && group < p.groups; ++group) {
           const Matrix v = acc(state.data + work.token(s, 0) * p.width + group * w, rows, w, p.width);
-          gemm_serial<Acc>(acc(first + group * w * w, w, w, w), acc(tile + group * w, rows, w, p.width).transposed(), v, adding(true));
+          gemm_serial<Acc>(acc(first + group * w * w, w, w, w), acc(tile + group * w, rows, w, p.width).transposed(), v,
+                           adding(true));
         }
         if (!second) continue;
         const Acc* gs = g + s.begin * p.width;
@@ -406,11 +419,11 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
 }  // namespace
 
 template <class Acc>
-void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts, Acc* z,
-                   Acc* g) {
+void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
+                   Acc* z, Acc* g) {
   const SampleSums<Acc> sums = sum_samples<Acc>(host, p, state, t, cuts, nullptr);
   const Work<Acc> work{p, state, t, sums};
-  host.parallel_for(static_cast<int64_t>(cuts.list.size()), [&](int64_t begin, int64_t end) {
+  parallel(host, static_cast<int64_t>(cuts.list.size()), route_work(p, state.kind), [&](int64_t begin, int64_t end) {
     thread_local Scratch<Acc> scratch;
     for (int64_t i = begin; i < end; ++i) {
       const Segment& s = cuts.list[static_cast<size_t>(i)];
@@ -448,24 +461,28 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
       const int64_t count = (s.end - s.begin) * p.width;
       Acc* tile = scratch.get(count);
       read_rows(work, s, false, tile);
-      backward_segment(work, s, tile, g + s.begin * p.width, dt ? dt + s.begin * p.width : dt_scratch.get(count), target);
+      backward_segment(work, s, tile, g + s.begin * p.width, dt ? dt + s.begin * p.width : dt_scratch.get(count),
+                       target);
     }
   };
   if (dstate == nullptr) {
-    host.parallel_for(static_cast<int64_t>(cuts.list.size()), [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
+    parallel(host, static_cast<int64_t>(cuts.list.size()), 2 * route_work(p, state.kind),
+             [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
     return;
   }
-  host.parallel_for(conditions * splits, [&](int64_t begin, int64_t end) {
+  parallel(host, conditions * splits, 2 * route_work(p, state.kind), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t c = item / splits;
-      Acc* target = tokens ? dstate + p.conditions.begin(c) * p.width : splits > 1 ? partial.get() + item * size : dstate + c * size;
+      Acc* target = tokens       ? dstate + p.conditions.begin(c) * p.width
+                    : splits > 1 ? partial.get() + item * size
+                                 : dstate + c * size;
       if (!tokens) std::fill_n(target, size, Acc{0});
       const auto [first, last] = part(cuts, c, item % splits, splits);
       run(first, last, target);
     }
   });
   if (splits == 1) return;
-  host.parallel_for(conditions, [&](int64_t begin, int64_t end) {
+  parallel(host, conditions, double(conditions * splits * size), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       std::copy_n(partial.get() + c * splits * size, size, dstate + c * size);
       for (int64_t split = 1; split < splits; ++split) {
@@ -475,10 +492,10 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
   });
 }
 
-#define RP_INSTANTIATE(Acc)                                                                                                 \
-  template void route_forward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&, Acc*,    \
-                                   Acc*);                                                                                   \
-  template void route_backward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&,         \
+#define RP_INSTANTIATE(Acc)                                                                                         \
+  template void route_forward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&,  \
+                                   Acc*, Acc*);                                                                     \
+  template void route_backward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&, \
                                     const Acc*, Acc*, Acc*);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)

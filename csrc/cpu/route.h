@@ -8,8 +8,8 @@ namespace routed_peft::cpu {
 
 // z [rows, R] from t [rows, R]. With `g`, the gradient of z, g is turned into that of ρ: g ∘ act'(ρ).
 template <class Acc>
-void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts, Acc* z,
-                   Acc* g);
+void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
+                   Acc* z, Acc* g);
 
 // dt [rows, R] and the gradient of the state (its layout; V's for a state of tokens) from g, the gradient of ρ.
 // Either may be nullptr.

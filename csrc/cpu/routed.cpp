@@ -1,7 +1,7 @@
 // forward:  state of the condition -> T = X̃ Aᵀ + b -> Z = act(ρ(T, state)) -> out = s Z B̂ᵀ + bias + x -> out += X Wᵀ
 // backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
-// The base layer's product comes last and accumulates, so that no second full-size tensor exists. What is rank-wide (T, Z,
-// G, dT, V) lives in Acc; nothing else is kept between the steps.
+// The base layer's product comes last and accumulates, so that no second full-size tensor exists. What is rank-wide (T,
+// Z, G, dT, V) lives in Acc; nothing else is kept between the steps.
 #include "cpu/routed.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.
 plan::GramShape gram_shape(const Problem& p) {
   const auto mean = [](int64_t rows, int64_t count) { return count > 0 ? double(rows) / double(count) : 0.0; };
   const Sequences& y = p.conditions;
-  return {double(p.inputs.count), double(y.count),     mean(p.inputs.rows, p.inputs.count), mean(y.rows, y.count),
+  return {double(p.inputs.count),  double(y.count),  mean(p.inputs.rows, p.inputs.count), mean(y.rows, y.count),
           double(p.group_width()), double(p.groups), double(element_size(p.dtype))};
 }
 
@@ -61,21 +61,22 @@ struct Condition {
 
 template <class Acc>
 void store_all(const Host& host, const Acc* from, const Matrix& to) {
-  host.parallel_for(to.rows, [&](int64_t begin, int64_t end) {
+  parallel(host, to.rows, double(to.rows * to.cols), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) store_row(from + row * to.cols, to, row, 0, to.cols);
   });
 }
 
 template <class Acc>
 void load_all(const Host& host, const Matrix& from, Acc* to) {
-  host.parallel_for(from.rows, [&](int64_t begin, int64_t end) {
+  parallel(host, from.rows, double(from.rows * from.cols), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) load_row(from, row, 0, from.cols, to + row * from.cols);
   });
 }
 
 // Encodes the condition of a forward; `want_state`: a state of the documented form, whatever order would be cheaper.
 template <class Acc>
-void encode_forward(const Host& host, const Problem& p, const Matrix& t, bool want_state, const Matrix& kept, Condition<Acc>& c) {
+void encode_forward(const Host& host, const Problem& p, const Matrix& t, bool want_state, const Matrix& kept,
+                    Condition<Acc>& c) {
   if (p.kind == StateKind::kVector) {
     c.data = Array<Acc>(p.conditions.count * p.width);
     if (!kept) c.pooled_y = Array<Acc>(p.conditions.count * p.y.cols);
@@ -115,7 +116,8 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
   if (is_rank_one(p)) {
     encode_now({});
     Array<Acc> c(result.t ? 0 : rows * p.groups);
-    rank_one_forward(host, p, condition.state.data, cuts, result.out, result.t ? static_cast<Acc*>(result.t.data) : c.get());
+    rank_one_forward(host, p, condition.state.data, cuts, result.out,
+                     result.t ? static_cast<Acc*>(result.t.data) : c.get());
   } else {
     // T rounded to the input's dtype even when it is not saved, so that training and inference agree
     Array<char> t_storage(result.t ? 0 : rows * p.width * element_size(p.dtype));
@@ -136,7 +138,8 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
       up.alpha = p.scaling;
       up.accumulate = !whole;
       if (whole) up.bias = p.bias, up.residual = residual;
-      gemm<Acc>(host, result.out.block(0, slice.start, rows, slice.length), z_matrix.block(0, i * p.rank(), rows, p.rank()),
+      gemm<Acc>(host, result.out.block(0, slice.start, rows, slice.length),
+                z_matrix.block(0, i * p.rank(), rows, p.rank()),
                 p.b.block(slice.row, 0, slice.length, p.rank()).transposed(), up);
     }
   }
@@ -150,8 +153,9 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   const bool encodes = p.source == Source::kTokens || in_sequence;
   const bool want_dt = io.dx || io.da || io.db_down;
   const bool want_dstate = p.source == Source::kState ? io.dstate != nullptr
-                           : in_sequence              ? want_dt
-                                                      : encodes && (io.dy || io.dc || io.db_c || (p.shared && (io.da || io.db_down)));
+                           : in_sequence
+                               ? want_dt
+                               : encodes && (io.dy || io.dc || io.db_c || (p.shared && (io.da || io.db_down)));
   // With a shared C, its gradients are A's.
   const Matrix& dc = p.shared ? io.da : io.dc;
   const Matrix& db_c = p.shared ? io.db_down : io.db_c;
@@ -188,8 +192,9 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
       scaled.alpha = p.scaling;
       for (int64_t i = 0; i < p.slice_count; ++i) {
         const Slice& slice = p.slices[i];
-        gemm<Acc>(host, g_matrix.block(0, i * p.rank(), rows, p.rank()), io.dout.block(0, slice.start, rows, slice.length),
-                  p.b.block(slice.row, 0, slice.length, p.rank()), scaled);
+        gemm<Acc>(host, g_matrix.block(0, i * p.rank(), rows, p.rank()),
+                  io.dout.block(0, slice.start, rows, slice.length), p.b.block(slice.row, 0, slice.length, p.rank()),
+                  scaled);
       }
     }
     if (io.db || p.activation != Activation::kNone) {  // Z again: for dB, and for the slope of the activation
@@ -201,13 +206,14 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
       for (int64_t i = 0; io.db && i < p.slice_count; ++i) {
         const Slice& slice = p.slices[i];
         gemm<Acc>(host, io.db.block(slice.row, 0, slice.length, p.rank()),
-                  io.dout.block(0, slice.start, rows, slice.length).transposed(), z_matrix.block(0, i * p.rank(), rows, p.rank()),
-                  scaled);
+                  io.dout.block(0, slice.start, rows, slice.length).transposed(),
+                  z_matrix.block(0, i * p.rank(), rows, p.rank()), scaled);
       }
     }
     if (want_dt || want_dstate) {
       if (want_dt) dt = Array<Acc>(rows * p.width);
-      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(), want_dstate ? dstate.get() : nullptr);
+      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(),
+                          want_dstate ? dstate.get() : nullptr);
     }
   }
 
@@ -238,7 +244,8 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   if (want_dstate && encodes) {
     if (p.kind == StateKind::kVector) {
       const Matrix& dy = in_sequence ? io.dx : io.dy;
-      vector_gradients<Acc>(host, p, dstate.get(), static_cast<const Acc*>(io.kept.data), dy, in_sequence, dc, db_c, p.shared);
+      vector_gradients<Acc>(host, p, dstate.get(), static_cast<const Acc*>(io.kept.data), dy, in_sequence, dc, db_c,
+                            p.shared);
     } else if (!in_sequence) {
       token_gradients<Acc>(host, p, dv_tokens, io.dy, dc, db_c, p.shared);
     }

@@ -19,9 +19,7 @@ enum class Activation : int { kNone, kGelu, kGeluTanh, kRelu, kSilu };
 // The form a condition has once it is encoded: one row, one matrix a group, or one row a token.
 enum class StateKind : int { kNone, kVector, kMatrix, kTokens };
 
-inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Counter-based dropout of a [rows, cols] matrix; the map is in device/philox.cuh.
 struct Dropout {
@@ -68,15 +66,15 @@ struct Slice {
 struct Problem {
   Dtype dtype = Dtype::kFloat32;  // of x, y, weight and the output
   Sequences inputs, conditions;
-  Matrix x;       // [rows, d]
-  Matrix a;       // [R, d]
-  Matrix b;       // [selected o, r]
-  Matrix y;       // [y_rows, d_c]; x itself for an in-sequence condition
-  Matrix c;       // [R, d_c]; A where it is shared
-  Matrix weight;  // [o, d]
-  Matrix bias;    // [1, o]
-  Matrix b_down;  // [1, R]
-  Matrix b_c;     // [1, R]; b_down where C is shared
+  Matrix x;                              // [rows, d]
+  Matrix a;                              // [R, d]
+  Matrix b;                              // [selected o, r]
+  Matrix y;                              // [y_rows, d_c]; x itself for an in-sequence condition
+  Matrix c;                              // [R, d_c]; A where it is shared
+  Matrix weight;                         // [o, d]
+  Matrix bias;                           // [1, o]
+  Matrix b_down;                         // [1, R]
+  Matrix b_c;                            // [1, R]; b_down where C is shared
   const bool* condition_mask = nullptr;  // [y_rows]
   const bool* input_mask = nullptr;      // [rows]
   const int64_t* index = nullptr;        // [samples]

@@ -52,7 +52,8 @@ inline Matrix matrix_of(const char* name, const MaybeTensor& t, int64_t rows, in
 
 // A contiguous [..., cols] tensor as [rows, cols].
 inline Matrix rows_of(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() >= 2 && t.is_contiguous(), name, " must be contiguous, on the CPU, and have rows");
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() >= 2 && t.is_contiguous(), name,
+                  " must be contiguous, on the CPU, and have rows");
   const int64_t cols = t.size(t.dim() - 1);
   return dense(t.data_ptr(), dtype_of(name, t), cols > 0 ? t.numel() / cols : 0, cols);
 }

@@ -34,7 +34,8 @@ class TorchHost final : public cpu::Host {
   static Tensor wrap(const Matrix& m) {
     constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
     const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row_stride, m.col_stride};
-    return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+    return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     kTypes[static_cast<int>(m.dtype)]);
   }
 };
@@ -60,7 +61,6 @@ Dropout dropout(double p, const MaybeTensor& seed, uint32_t stream) {
 void set_condition(Problem& p, const MaybeTensor& condition, const MaybeTensor& offsets) {
   if (p.source == Source::kNone) return;
   if (p.source == Source::kInSequence) {
-    STD_TORCH_CHECK(p.condition_mask != nullptr, "an in-sequence condition needs a mask");
     p.y = p.x;
     p.c = p.a;
     p.b_c = p.b_down;
@@ -93,10 +93,11 @@ void set_condition(Problem& p, const MaybeTensor& condition, const MaybeTensor& 
 
 Call call(const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& condition, const MaybeTensor& C,
           const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& b_down, const MaybeTensor& b_C,
-          const MaybeTensor& mask, const MaybeTensor& index, const MaybeTensor& input_mask, const MaybeTensor& cu_seqlens,
-          const MaybeTensor& condition_cu_seqlens, const MaybeTensor& seed, int64_t samples, int64_t routing, int64_t source,
-          int64_t pool, int64_t scale, int64_t groups, const std::vector<int64_t>& slices, int64_t out_features,
-          double scaling, double dropout_p, double condition_dropout_p, int64_t activation, bool residual) {
+          const MaybeTensor& mask, const MaybeTensor& index, const MaybeTensor& input_mask,
+          const MaybeTensor& cu_seqlens, const MaybeTensor& condition_cu_seqlens, const MaybeTensor& seed,
+          int64_t samples, int64_t routing, int64_t source, int64_t pool, int64_t scale, int64_t groups,
+          const std::vector<int64_t>& slices, int64_t out_features, double scaling, double dropout_p,
+          double condition_dropout_p, int64_t activation, bool residual) {
   Call result;
   Problem& p = result.problem;
   p.x = rows_of("x", x);
@@ -111,7 +112,8 @@ Call call(const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& 
   p.source = static_cast<Source>(source);
   p.pool = static_cast<Pool>(pool);
   p.activation = static_cast<Activation>(activation);
-  STD_TORCH_CHECK((p.routing == Routing::kNone) == (p.source == Source::kNone), "a route needs a condition, and only a route");
+  STD_TORCH_CHECK((p.routing == Routing::kNone) == (p.source == Source::kNone),
+                  "a route needs a condition, and only a route");
   p.scale_by_tokens = scale != 0;
   p.residual = residual;
   p.scaling = scaling;
@@ -122,7 +124,8 @@ Call call(const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& 
     STD_TORCH_CHECK(slices.size() % 2 == 0, "slices are pairs of start and stop");
     int64_t row = 0;
     for (size_t i = 0; i < slices.size(); i += 2) {
-      STD_TORCH_CHECK(0 <= slices[i] && slices[i] < slices[i + 1] && slices[i + 1] <= out_features, "slice out of range");
+      STD_TORCH_CHECK(0 <= slices[i] && slices[i] < slices[i + 1] && slices[i + 1] <= out_features,
+                      "slice out of range");
       result.slices.push_back({slices[i], slices[i + 1] - slices[i], row});
       row += slices[i + 1] - slices[i];
     }
@@ -143,6 +146,7 @@ Call call(const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& 
   p.input_mask = array_of<bool>("input_mask", input_mask, ScalarType::Bool, rows);
   p.drop_x = dropout(dropout_p, seed, 0);
   p.drop_y = dropout(condition_dropout_p, seed, 1);
+  STD_TORCH_CHECK(p.source != Source::kInSequence || mask, "an in-sequence condition needs a mask");
   if (p.source == Source::kInSequence) p.condition_mask = array_of<bool>("mask", mask, ScalarType::Bool, rows);
   set_condition(p, condition, condition_cu_seqlens);
   if (p.source == Source::kTokens) {
@@ -162,7 +166,8 @@ Call call(const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& 
     if (p.kind == StateKind::kTokens && (p.routing != Routing::kGram && p.routing != Routing::kGramRelu)) {
       for (int64_t s = 0; s < p.inputs.count; ++s) {
         const int64_t c = p.condition_of(s);
-        check_size("an unpooled condition", p.conditions.end(c) - p.conditions.begin(c), p.inputs.end(s) - p.inputs.begin(s));
+        check_size("an unpooled condition", p.conditions.end(c) - p.conditions.begin(c),
+                   p.inputs.end(s) - p.inputs.begin(s));
       }
     }
   }
@@ -194,14 +199,14 @@ std::vector<int64_t> state_shape(const Problem& p, const MaybeTensor& condition,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x, Tensor A, Tensor B, MaybeTensor condition, MaybeTensor C, MaybeTensor weight, MaybeTensor bias, MaybeTensor b_down,
-    MaybeTensor b_C, MaybeTensor mask, MaybeTensor index, MaybeTensor input_mask, MaybeTensor cu_seqlens,
-    MaybeTensor condition_cu_seqlens, MaybeTensor seed, int64_t samples, int64_t routing, int64_t source, int64_t pool,
-    int64_t scale, int64_t groups, std::vector<int64_t> slices, int64_t out_features, double scaling, double dropout_p,
-    double condition_dropout_p, int64_t activation, bool residual, int64_t save) {
-  Call c = call(x, A, B, condition, C, weight, bias, b_down, b_C, mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed,
-                samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_dropout_p,
-                activation, residual);
+    Tensor x, Tensor A, Tensor B, MaybeTensor condition, MaybeTensor C, MaybeTensor weight, MaybeTensor bias,
+    MaybeTensor b_down, MaybeTensor b_C, MaybeTensor mask, MaybeTensor index, MaybeTensor input_mask,
+    MaybeTensor cu_seqlens, MaybeTensor condition_cu_seqlens, MaybeTensor seed, int64_t samples, int64_t routing,
+    int64_t source, int64_t pool, int64_t scale, int64_t groups, std::vector<int64_t> slices, int64_t out_features,
+    double scaling, double dropout_p, double condition_dropout_p, int64_t activation, bool residual, int64_t save) {
+  Call c = call(x, A, B, condition, C, weight, bias, b_down, b_C, mask, index, input_mask, cu_seqlens,
+                condition_cu_seqlens, seed, samples, routing, source, pool, scale, groups, slices, out_features,
+                scaling, dropout_p, condition_dropout_p, activation, residual);
   Problem& p = c.problem;
   p.slices = c.slices.data();
   std::vector<int64_t> out_shape = shape_of(x);
@@ -249,13 +254,14 @@ using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, T
 
 NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor kept, Tensor x, Tensor A, Tensor B,
                      MaybeTensor condition, MaybeTensor C, MaybeTensor weight, MaybeTensor bias, MaybeTensor b_down,
-                     MaybeTensor b_C, MaybeTensor mask, MaybeTensor index, MaybeTensor input_mask, MaybeTensor cu_seqlens,
-                     MaybeTensor condition_cu_seqlens, MaybeTensor seed, int64_t samples, int64_t routing, int64_t source,
-                     int64_t pool, int64_t scale, int64_t groups, std::vector<int64_t> slices, int64_t out_features,
-                     double scaling, double dropout_p, double condition_dropout_p, int64_t activation, bool residual) {
-  Call c = call(x, A, B, condition, C, weight, bias, b_down, b_C, mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed,
-                samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_dropout_p,
-                activation, residual);
+                     MaybeTensor b_C, MaybeTensor mask, MaybeTensor index, MaybeTensor input_mask,
+                     MaybeTensor cu_seqlens, MaybeTensor condition_cu_seqlens, MaybeTensor seed, int64_t samples,
+                     int64_t routing, int64_t source, int64_t pool, int64_t scale, int64_t groups,
+                     std::vector<int64_t> slices, int64_t out_features, double scaling, double dropout_p,
+                     double condition_dropout_p, int64_t activation, bool residual) {
+  Call c = call(x, A, B, condition, C, weight, bias, b_down, b_C, mask, index, input_mask, cu_seqlens,
+                condition_cu_seqlens, seed, samples, routing, source, pool, scale, groups, slices, out_features,
+                scaling, dropout_p, condition_dropout_p, activation, residual);
   Problem& p = c.problem;
   p.slices = c.slices.data();
   Backward io;
@@ -269,7 +275,8 @@ NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor 
   const bool encodes = p.source == Source::kTokens || p.source == Source::kInSequence;
   if (encodes && state.numel() > 0) p.state = state.data_ptr();
 
-  Gradient dx = gradient(needs, 0, x, x, true), da = gradient(needs, 1, A, x, false), db = gradient(needs, 2, B, x, false);
+  Gradient dx = gradient(needs, 0, x, x, true), da = gradient(needs, 1, A, x, false),
+           db = gradient(needs, 2, B, x, false);
   Gradient dcondition = gradient(needs, 3, condition, x, true), dc = gradient(needs, 4, C, x, false);
   Gradient dweight = gradient(needs, 5, weight, x, false), dbias = gradient(needs, 6, bias, x, false);
   Gradient db_down = gradient(needs, 7, b_down, x, false), db_c = gradient(needs, 8, b_C, x, false);
@@ -281,12 +288,13 @@ NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor 
     io.dy = dcondition.matrix;
   }
   cpu::backward(TorchHost(), p, io);
-  return {dx.tensor, da.tensor, db.tensor, dcondition.tensor, dc.tensor, dweight.tensor, dbias.tensor, db_down.tensor, db_c.tensor};
+  return {dx.tensor,      da.tensor,    db.tensor,      dcondition.tensor, dc.tensor,
+          dweight.tensor, dbias.tensor, db_down.tensor, db_c.tensor};
 }
 
 // The part of a Problem that encoding a condition needs.
-Problem encoding(const Tensor& y, const Tensor& C, const MaybeTensor& b_C, const MaybeTensor& mask, int64_t routing, int64_t pool,
-                 int64_t scale, int64_t groups) {
+Problem encoding(const Tensor& y, const Tensor& C, const MaybeTensor& b_C, const MaybeTensor& mask, int64_t routing,
+                 int64_t pool, int64_t scale, int64_t groups) {
   Problem p;
   STD_TORCH_CHECK(routing > 0 && routing <= static_cast<int64_t>(Routing::kOnes) && pool >= 0 && pool <= 2,
                   "unknown routing or pool");
@@ -317,26 +325,28 @@ std::tuple<Tensor, Tensor> encode(Tensor y, Tensor C, MaybeTensor b_C, MaybeTens
   return {state, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> encode_backward(int64_t needs, Tensor dstate, Tensor kept, Tensor y, Tensor C, MaybeTensor b_C,
-                                                   MaybeTensor mask, int64_t routing, int64_t pool, int64_t scale,
-                                                   int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor> encode_backward(int64_t needs, Tensor dstate, Tensor kept, Tensor y, Tensor C,
+                                                   MaybeTensor b_C, MaybeTensor mask, int64_t routing, int64_t pool,
+                                                   int64_t scale, int64_t groups) {
   const Problem p = encoding(y, C, b_C, mask, routing, pool, scale, groups);
   const int64_t numbers = (p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count) * p.state_size();
-  STD_TORCH_CHECK(dstate.is_contiguous() && dstate.scalar_type() == accumulated_type(p.dtype), "dstate must be like the state");
+  STD_TORCH_CHECK(dstate.is_contiguous() && dstate.scalar_type() == accumulated_type(p.dtype),
+                  "dstate must be like the state");
   check_size("dstate", dstate.numel(), numbers);
-  Gradient dy = gradient(needs, 0, y, y, true), dc = gradient(needs, 1, C, y, false), db_c = gradient(needs, 2, b_C, y, false);
-  cpu::encode_backward(TorchHost(), p, dstate.data_ptr(), kept.dim() == 2 ? matrix_of("kept", kept, -1, -1) : Matrix{}, dy.matrix,
-                       dc.matrix, db_c.matrix);
+  Gradient dy = gradient(needs, 0, y, y, true), dc = gradient(needs, 1, C, y, false),
+           db_c = gradient(needs, 2, b_C, y, false);
+  cpu::encode_backward(TorchHost(), p, dstate.data_ptr(), kept.dim() == 2 ? matrix_of("kept", kept, -1, -1) : Matrix{},
+                       dy.matrix, dc.matrix, db_c.matrix);
   return {dy.tensor, dc.tensor, db_c.tensor};
 }
 
 }  // namespace
 }  // namespace routed_peft
 
-#define RP_TENSORS                                                                                                       \
-  "Tensor x, Tensor A, Tensor B, Tensor? condition, Tensor? C, Tensor? weight, Tensor? bias, Tensor? b_down, "           \
-  "Tensor? b_C, Tensor? mask, Tensor? index, Tensor? input_mask, Tensor? cu_seqlens, Tensor? condition_cu_seqlens, "     \
-  "Tensor? seed, SymInt samples, int routing, int source, int pool, int scale, int groups, int[] slices, "               \
+#define RP_TENSORS                                                                                                   \
+  "Tensor x, Tensor A, Tensor B, Tensor? condition, Tensor? C, Tensor? weight, Tensor? bias, Tensor? b_down, "       \
+  "Tensor? b_C, Tensor? mask, Tensor? index, Tensor? input_mask, Tensor? cu_seqlens, Tensor? condition_cu_seqlens, " \
+  "Tensor? seed, SymInt samples, int routing, int source, int pool, int scale, int groups, int[] slices, "           \
   "SymInt out_features, float scaling, float dropout, float condition_dropout, int activation, bool residual"
 #define RP_CONDITION "Tensor y, Tensor C, Tensor? b_C, Tensor? mask, int routing, int pool, int scale, int groups"
 

@@ -2,9 +2,9 @@
 //
 // The map is by coordinates of the logical tensor [rows, cols], so every tiling, both directions and every device draw
 // the same mask. Element (row, c), with t = c % 16, q = (t % 8) / 2 and slot = 4·((c % 64) / 16) + 2·(t / 8) + t % 2,
-// takes halfword slot % 8 of the call with counter (row_lo, row_hi, 4·(c / 64) + q, 2·stream + slot / 8), and is dropped
-// if that halfword is below threshold = round(65536 p). One mma fragment (four k16 A blocks, or eight n8 C tiles) of a
-// thread is exactly the 16 slots of one (row, q), which is why the columns are dealt this way.
+// takes halfword slot % 8 of the call with counter (row_lo, row_hi, 4·(c / 64) + q, 2·stream + slot / 8), and is
+// dropped if that halfword is below threshold = round(65536 p). One mma fragment (four k16 A blocks, or eight n8 C
+// tiles) of a thread is exactly the 16 slots of one (row, q), which is why the columns are dealt this way.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +52,9 @@ RP_HOST_DEVICE DropoutSlot dropout_slot(int64_t column) {
 
 RP_HOST_DEVICE bool dropout_keeps(uint64_t seed, uint32_t stream, uint32_t threshold, int64_t row, int64_t column) {
   const DropoutSlot s = dropout_slot(column);
-  const PhiloxWords words = philox(seed, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32),
-                                   s.counter2, 2 * stream + s.half);
+  const PhiloxWords words =
+      philox(seed, static_cast<uint32_t>(row), static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), s.counter2,
+             2 * stream + s.half);
   const uint32_t halfword = (words.word[s.halfword / 2] >> (16 * (s.halfword % 2))) & 0xFFFFu;
   return halfword >= threshold;
 }

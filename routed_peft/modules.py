@@ -1,0 +1,534 @@
+"""RoutedLoRA and RoutedAdapter: the layers a user puts into a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import functional, reference
+from .delivery import Delivered, Slot
+from .errors import ConditionShapeError, MissingConditionError, StaleStateError, UnsupportedError
+from .reference import Options
+from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
+from .state import ConditionState
+
+BACKENDS = ("auto", "cpu", "cuda", "reference")
+MISSING = ("error", "base", "lora")
+
+
+class RoutedLayer(nn.Module):
+    """What both layers share: options, and where the condition of a call comes from."""
+
+    def __init__(
+        self, r: int, routing: str, condition_pool: str, condition_scale: str, missing: str, backend: str
+    ) -> None:
+        super().__init__()
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r must be a positive integer, got {r!r}")
+        self.r = r
+        self.routing = one_of("routing", routing, ROUTES)
+        self.condition_pool = condition_pool
+        resolve_pool(routing, condition_pool)
+        self.condition_scale = one_of("condition_scale", condition_scale, SCALES)
+        self.missing = one_of("missing", missing, MISSING)
+        self.backend = one_of("backend", backend, BACKENDS)
+        self.condition_source = "external"
+        self.name = ""  # the path in the model, set by attach; for error texts
+        self.slot: Slot | None = None  # where the model's condition is delivered, set by attach or condition()
+
+    @property
+    def label(self) -> str:
+        """How error texts call this layer."""
+        return f"{type(self).__name__} '{self.name}'" if self.name else type(self).__name__
+
+    def _delivered(
+        self, condition: Any, mask: Tensor | None, index: Tensor | None, input_mask: Tensor | None
+    ) -> Delivered | None:
+        """The condition of this call: the explicit arguments, else what the model's slot holds; None if missing."""
+        if self.routing == "none":
+            return Delivered(None, None, None, input_mask)
+        in_sequence = self.condition_source == "in_sequence"
+        if condition is not None or (in_sequence and mask is not None):
+            if in_sequence and condition is not None:
+                raise ConditionShapeError(
+                    f"{self.label}: condition_source='in_sequence' takes its condition from the input at "
+                    "condition_mask; pass no condition"
+                )
+            return self._own(Delivered(condition, mask, index, input_mask))
+        slot = self.slot.read(self.label) if self.slot is not None else None
+        if slot is not None and (slot.mask if in_sequence else slot.condition) is not None:
+            if in_sequence:
+                return Delivered(None, slot.mask, None, slot.input_mask if input_mask is None else input_mask)
+            return self._own(slot if input_mask is None else slot._replace(input_mask=input_mask))
+        if self.missing == "error":
+            raise MissingConditionError(
+                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, y):', "
+                "pass 'routed_condition=y' to the model, or attach a tap; set missing='base' to fall back to the "
+                "frozen layer."
+            )
+        return None
+
+    def _own(self, given: Delivered) -> Delivered:
+        """``given``, unless it holds a state of another layer, which may well have the right shape."""
+        y = given.condition
+        if isinstance(y, ConditionState) and y.versions and not torch.compiler.is_compiling():
+            own = {id(p) for p in self.parameters(recurse=False)}
+            if not any(key in own for key, _ in y.versions):
+                raise StaleStateError(
+                    f"{self.label}: this ConditionState was encoded with other parameters than this layer's; encode it "
+                    "with this layer"
+                )
+        return given
+
+    def _touch(self, out: Tensor, *parameters: Tensor | None) -> Tensor:
+        """``out`` plus zero times every parameter: a distributed run that waits for their gradients gets them."""
+        if not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)):
+            return out
+        zero = sum((p * 0).sum() for p in parameters if p is not None and p.requires_grad)
+        return out + zero.to(out.dtype)  # type: ignore[union-attr]
+
+    def _encode(
+        self, condition: Tensor, mask: Tensor | None, c: Tensor, b_c: Tensor | None, groups: int
+    ) -> ConditionState:
+        if self.condition_source == "in_sequence":
+            raise UnsupportedError(
+                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
+            )
+        return functional.encode_condition(
+            condition, c, routing=self.routing, mask=mask, pool=self.condition_pool, scale=self.condition_scale,
+            b_C=b_c, groups=groups, backend=self.backend, name=self.label,
+        )  # fmt: skip
+
+
+class RoutedLoRA(RoutedLayer):
+    """A linear layer with a routed low-rank update: ``out = base(x) + s · ρ(x Aᵀ, y Cᵀ) B̂ᵀ`` (Qu et al., ECCV 2024).
+
+    Drop-in: ``layer.q_proj = RoutedLoRA(layer.q_proj, r=16, routing="gram")``. The base layer is called, never copied;
+    whether its own parameters train is left as it is (``attach`` freezes them).
+
+    Args:
+        base_layer: nn.Linear, transformers' Conv1D, or any module with ``in_features`` and ``out_features``
+            (quantised linear layers).
+        r: rank, of each output slice.
+        lora_alpha: s = lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
+        routing: "none", "add", "mul", "expand", "gram", "gram_relu", "cross_gram" or "ones" ("gram_reshape" in the
+            reference backend only).
+        condition_features: width d_c of the condition for its own projection ``condition_A``; None shares ``lora_A``
+            (the paper's form), which needs d_c = in_features.
+        condition_source: "external", or "in_sequence": the condition is the input's own rows at condition_mask [B, N].
+        condition_pool: "auto" (mean for add, mul, expand, cross_gram; none for the others), "mean", "first", "none".
+        condition_scale: "tokens" divides gram, gram_relu and ones by the number of valid condition tokens; "none" does
+            not (the paper's formula; the same for one token).
+        lora_dropout: dropout probability of x in the update.
+        condition_dropout: that of y, with an independent mask; None takes ``lora_dropout``.
+        use_rslora: see ``lora_alpha``.
+        out_slices: (start, stop) of each output slice to adapt, for a fused qkv; None adapts the whole output.
+        route_across_slices: route all slices' bottlenecks as one, as the published GPT-2 path does.
+        missing: without a condition "error" raises, "base" runs the frozen layer, "lora" routes nothing (Z = T).
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Parameters (float32 for a float16, bfloat16 or quantised base): ``lora_A`` [R, in], R = r · number of slices;
+    ``lora_B`` [adapted outputs, r], zero at first; ``condition_A`` [R, d_c] or None.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 16,
+        *,
+        routing: str = "gram",
+        condition_features: int | None = None,
+        condition_source: str = "external",
+        condition_pool: str = "auto",
+        condition_scale: str = "tokens",
+        lora_dropout: float = 0.0,
+        condition_dropout: float | None = None,
+        use_rslora: bool = False,
+        out_slices: Sequence[tuple[int, int]] | None = None,
+        route_across_slices: bool = False,
+        missing: str = "error",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(r, routing, condition_pool, condition_scale, missing, backend)
+        self.condition_source = one_of("condition_source", condition_source, ("external", "in_sequence"))
+        if condition_source == "in_sequence" and condition_features is not None:
+            raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
+        for argument, p in (("lora_dropout", lora_dropout), ("condition_dropout", condition_dropout)):
+            if p is not None and not 0 <= p <= 1:
+                raise ValueError(f"{argument} must lie in [0, 1], got {p}")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_features(base_layer)
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout, self.condition_dropout = lora_dropout, condition_dropout
+        self.out_slices = [(int(start), int(stop)) for start, stop in out_slices] if out_slices else None
+        for start, stop in self.out_slices or []:
+            if not 0 <= start < stop <= self.out_features:
+                raise ValueError(f"out_slices: ({start}, {stop}) does not lie in the {self.out_features} outputs")
+        self.route_across_slices = route_across_slices
+        count = len(self.out_slices) if self.out_slices else 1
+        outputs = sum(stop - start for start, stop in self.out_slices) if self.out_slices else self.out_features
+        self.groups = 1 if route_across_slices else count
+
+        like = parameter_options(base_layer)
+        self.lora_A = nn.Parameter(torch.empty(r * count, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, r, **like))
+        self.condition_A: nn.Parameter | None = None
+        if condition_features is not None and routing != "none":
+            self.condition_A = nn.Parameter(torch.empty(r * count, condition_features, **like))
+        self.reset_parameters()
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        """lora_A and condition_A Kaiming-uniform with a = √5 ("kaiming") or N(0, 1/r) ("gaussian"); lora_B zero."""
+        one_of("init", init, ("kaiming", "gaussian"))
+        for projection in (self.lora_A, self.condition_A):
+            if projection is not None and init == "kaiming":
+                nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
+            elif projection is not None:
+                nn.init.normal_(projection, std=1 / self.r)
+        nn.init.zeros_(self.lora_B)
+
+    @classmethod
+    def from_features(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> RoutedLoRA:
+        """A RoutedLoRA around a new ``nn.Linear(in_features, out_features)``; the keywords are the constructor's."""
+        return cls(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), **kwargs)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight, for modules that read it (T5's ``wo``)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | ConditionState | None = None,
+        condition_mask: Tensor | None = None,
+        condition_index: Tensor | None = None,
+        *,
+        input_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        condition_cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The base layer's output plus the routed update.
+
+        Args:
+            x: [B, N, in] or [B·N, in]; with ``cu_seqlens`` [ΣN_i, in].
+            condition: y [B, M, d_c] or [B, d_c], or a state from :meth:`encode_condition`. None reads what
+                ``routed_peft.condition`` delivers.
+            condition_mask: bool or 0/1 integers [B, M], True where valid; in-sequence [B, N], the positions of x.
+            condition_index: int [B], which condition each sample uses.
+            input_mask: bool or 0/1 integers [B, N], True where valid; only cross_gram reads it.
+            cu_seqlens: int [B + 1], row offsets of a flat x.
+            condition_cu_seqlens: the same for a flat y [ΣM_i, d_c].
+
+        Returns:
+            [..., out] in the base output's dtype.
+
+        Raises:
+            MissingConditionError: no condition, and ``missing="error"``.
+            ConditionShapeError: sizes, dtypes or devices do not fit.
+            StaleStateError: the state is older than the parameters.
+        """
+        given = self._delivered(condition, condition_mask, condition_index, input_mask)
+        if given is None and self.missing == "base":
+            return self._touch(self.base_layer(x), self.lora_A, self.lora_B, self.condition_A)
+        routing = self.routing if given is not None else "none"
+        y, mask, index, valid = given if given is not None else Delivered(None, None, None, None)
+        p = self.lora_dropout if self.training else 0.0
+        condition_p = self.condition_dropout if self.training and self.condition_dropout is not None else p
+        options: dict[str, Any] = dict(
+            routing=routing, scaling=self.scaling, mask=mask, index=index, input_mask=valid, pool=self.condition_pool,
+            scale=self.condition_scale, dropout_p=p, condition_dropout_p=condition_p, out_slices=self.out_slices,
+            route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
+            condition_cu_seqlens=condition_cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        c = self.condition_A
+        if may_read_weight(self.base_layer, x):
+            w = self.weight if type(self.base_layer) is nn.Linear else self.weight.t()
+            return functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
+        base: Tensor = self.base_layer(x)
+        update = functional.apply(
+            self.label, x, self.lora_A, y, self.lora_B, c, out_features=self.out_features, **options
+        )
+        # The update is a tensor of our own making, so it is the one to write into; the base layer's output may be
+        # something its own backward, a hook or a cache still reads.
+        if type(base) is Tensor and base.dtype == update.dtype and base.shape == update.shape:
+            return update.add_(base)
+        return base + update.to(base.dtype).reshape(base.shape)
+
+    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
+        """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
+
+        Returns:
+            The state; without dropout. It goes stale when ``lora_A`` or ``condition_A`` change.
+        """
+        c = self.lora_A if self.condition_A is None else self.condition_A
+        return self._encode(condition, condition_mask, c, None, self.groups)
+
+    def bake(self, condition: Tensor | ConditionState, condition_mask: Tensor | None = None) -> nn.Linear:
+        """One condition fixed for good: the plain ``nn.Linear`` that this layer then is, exactly.
+
+        Args:
+            condition: y [1, M, d_c] or [1, d_c], or a state of one condition.
+            condition_mask: [1, M].
+
+        Returns:
+            A Linear with weight W + s B̂ M A in the base weight's dtype (and a bias where there is one or ``add`` makes
+            one). Routes that are not linear in T, and quantised bases, raise UnsupportedError.
+        """
+        if not ROUTES[self.routing].linear:
+            raise UnsupportedError(
+                f"{self.label}: routing {self.routing!r} is not linear in its input and cannot be baked"
+            )
+        base = self.base_layer
+        if type(base) is not nn.Linear and not is_conv1d(base):
+            raise UnsupportedError(
+                f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {type(base).__name__}"
+            )
+        with torch.no_grad():
+            wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+            state = None
+            if self.routing != "none":
+                held = (
+                    condition
+                    if isinstance(condition, ConditionState)
+                    else self.encode_condition(condition.to(wide), condition_mask)
+                )
+                held.check_fresh(self.label, self.lora_A if self.condition_A is None else self.condition_A)
+                state = held.tensor.to(wide)
+                if state.shape[0] != 1:
+                    raise ConditionShapeError(f"{self.label}: bake takes 1 condition, got {state.shape[0]}")
+                if state.dim() == 3 and ROUTES[self.routing].state == "tokens":
+                    raise UnsupportedError(f"{self.label}: a condition per input token has no single weight to bake")
+            options = Options(
+                1, self.routing, "state", "none", self.condition_scale, self.groups,
+                tuple(bound for pair in self.out_slices or [] for bound in pair), self.out_features, self.scaling,
+                0.0, 0.0, "none", False,
+            )  # fmt: skip
+            # Z = T M + m, read off by routing the identity and zero
+            width = self.lora_A.shape[0]
+            probe = torch.cat([torch.eye(width, dtype=wide), torch.zeros(1, width, dtype=wide)])[None].to(
+                self.lora_A.device
+            )
+            z = reference.route(probe, state, torch.ones(1, width + 1, dtype=torch.bool, device=probe.device), options)
+            constant = z[:, width:]
+            b = self.lora_B.to(wide)
+            through = self.lora_A.to(wide).t() @ (z[0, :width] - constant[0])  # [in, R]
+            delta = self.scaling * reference.up_project(through[None], b, options)[0].t()
+            shift = self.scaling * reference.up_project(constant, b, options)[0, 0]
+            weight = base.weight if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
+            has_bias = base.bias is not None or self.routing == "add"
+            baked = nn.Linear(
+                self.in_features, self.out_features, bias=has_bias, device=weight.device, dtype=weight.dtype
+            )
+            baked.weight.copy_(weight.to(wide) + delta)
+            if has_bias:
+                baked.bias.copy_(shift if base.bias is None else base.bias.to(wide) + shift)  # type: ignore[operator]
+        return baked.requires_grad_(False)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Raises: there is no weight without a condition."""
+        raise UnsupportedError(
+            "a routed adapter depends on the condition and has no condition-free merged weight; use bake(condition)"
+        )
+
+    def extra_repr(self) -> str:
+        """The options in the module's printed form."""
+        return f"r={self.r}, routing={self.routing!r}, scaling={self.scaling:g}, source={self.condition_source!r}"
+
+
+class RoutedAdapter(RoutedLayer):
+    """A bottleneck Adapter with a routing function: ``out = x + up · act(ρ(down x + b, condition y + b_c)) + b_up``.
+
+    The route comes before the activation (Qu et al., ECCV 2024; placements as in VL-Adapter and PETL-AST).
+
+    Args:
+        d_model: width d of input and output.
+        r: bottleneck width R.
+        routing: as :class:`RoutedLoRA`.
+        activation: "gelu" (erf), "gelu_tanh", "relu", "silu" or "none".
+        residual: add x to the output.
+        bias: biases on every projection.
+        condition_features: width d_c of the condition for its own projection; None shares ``down`` and its bias.
+        condition_pool: as :class:`RoutedLoRA`.
+        condition_scale: as :class:`RoutedLoRA`.
+        dropout: dropout probability of x and of y (independent masks).
+        missing: without a condition "error" raises, "base" adds nothing (x, or zeros without ``residual``), "lora"
+            routes nothing.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Parameters: ``down`` [R, d], ``down_bias`` [R], ``up`` [d, R] (zero at first), ``up_bias`` [d], ``condition_down``
+    [R, d_c] and ``condition_bias`` [R] or None.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        r: int,
+        *,
+        routing: str = "gram",
+        activation: str = "gelu",
+        residual: bool = True,
+        bias: bool = True,
+        condition_features: int | None = None,
+        condition_pool: str = "auto",
+        condition_scale: str = "tokens",
+        dropout: float = 0.0,
+        missing: str = "error",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(r, routing, condition_pool, condition_scale, missing, backend)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        self.d_model, self.residual, self.dropout = d_model, residual, dropout
+        self.activation = one_of("activation", activation, ACTIVATIONS)
+
+        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype)) if wanted else None
+
+        own = condition_features is not None and routing != "none"
+        self.down = parameter(r, d_model)
+        self.up = parameter(d_model, r)
+        self.down_bias = parameter(r, wanted=bias)
+        self.up_bias = parameter(d_model, wanted=bias)
+        self.condition_down = parameter(r, condition_features or 0, wanted=own)
+        self.condition_bias = parameter(r, wanted=own and bias)
+        self.reset_parameters()
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        """down and condition_down Kaiming-uniform with a = √5 ("kaiming") or N(0, 1/r) ("gaussian"); the rest zero."""
+        one_of("init", init, ("kaiming", "gaussian"))
+        for projection in (self.down, self.condition_down):
+            if projection is not None and init == "kaiming":
+                nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
+            elif projection is not None:
+                nn.init.normal_(projection, std=1 / self.r)
+        for zero in (self.up, self.down_bias, self.up_bias, self.condition_bias):
+            if zero is not None:
+                nn.init.zeros_(zero)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | ConditionState | None = None,
+        condition_mask: Tensor | None = None,
+        condition_index: Tensor | None = None,
+        *,
+        input_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, d] or [B·N, d] -> the same shape; the other arguments and errors as :meth:`RoutedLoRA.forward`."""
+        given = self._delivered(condition, condition_mask, condition_index, input_mask)
+        if given is None and self.missing == "base":
+            return self._touch(x if self.residual else torch.zeros_like(x), *self.parameters(recurse=False))
+        routing = self.routing if given is not None else "none"
+        y, mask, index, valid = given if given is not None else Delivered(None, None, None, None)
+        assert self.down is not None and self.up is not None
+        return functional.apply(
+            self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
+            b_C=self.condition_bias, routing=routing, scaling=1.0, activation=self.activation, residual=self.residual,
+            mask=mask, index=index, input_mask=valid, pool=self.condition_pool, scale=self.condition_scale,
+            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
+
+    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
+        """Encode a condition y [B, M, d_c] or [B, d_c] once, for many calls of this layer."""
+        assert self.down is not None
+        if self.condition_down is None:
+            return self._encode(condition, condition_mask, self.down, self.down_bias, 1)
+        return self._encode(condition, condition_mask, self.condition_down, self.condition_bias, 1)
+
+    def extra_repr(self) -> str:
+        """The options in the module's printed form."""
+        return f"d_model={self.d_model}, r={self.r}, routing={self.routing!r}, activation={self.activation!r}"
+
+
+# ------------------------------------------------------------------------------------------------ base layers
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is exactly transformers' Conv1D (weight [in, out]), without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer of any make; TypeError if it does not say."""
+    if is_conv1d(module):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return int(rows), int(columns)
+    try:
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    except AttributeError:
+        raise TypeError(f"base_layer must have in_features and out_features, got {type(module).__name__}") from None
+
+
+def parameter_options(base_layer: nn.Module) -> dict[str, Any]:
+    """Device and dtype of the adapter's parameters: the base weight's, but float32 below single precision."""
+    tensor = getattr(base_layer, "weight", None)
+    if not isinstance(tensor, Tensor):
+        tensor = next((t for t in (*base_layer.parameters(), *base_layer.buffers())), None)
+    wide = tensor is not None and tensor.dtype == torch.float64
+    return {"device": None if tensor is None else tensor.device, "dtype": torch.float64 if wide else torch.float32}
+
+
+def may_read_weight(base: nn.Module, x: Tensor) -> bool:
+    """Whether computing from ``base.weight`` is the same as calling ``base(x)``.
+
+    Only for an untouched nn.Linear or Conv1D: no hook of its own or global, no replaced forward, no parametrisation, a
+    plain dense weight where x is and in the dtype that is computed in. Everything else (FSDP, offload hooks, quantised
+    or subclassed layers, autocast's cached casts) wants to be called.
+    """
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return False
+    own = base.__dict__
+    if any(own.get(hooks) for hooks in _HOOKS) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
+        return False
+    if (
+        "forward" in own
+        or nn.Linear.forward is not _LINEAR_FORWARD
+        or "weight" not in own["_parameters"]
+        or own.get("parametrizations") is not None
+    ):
+        return False
+    for tensor in (base.weight, base.bias):
+        if tensor is None:
+            continue
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided or tensor.device != x.device:
+            return False
+    return bool(base.weight.dtype == functional.compute_dtype(x) and base.weight.device.type != "meta")
+
+
+_LINEAR_FORWARD = nn.Linear.forward
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)

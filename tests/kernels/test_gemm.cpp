@@ -1,0 +1,362 @@
+#include "cpu/gemm.h"
+
+#include "cpu/isa.h"
+#include "kernels/device/philox.cuh"
+#include "kernels/plan.h"
+#include "support.h"
+
+namespace routed_peft::test {
+namespace {
+
+using cpu::Epilogue;
+using cpu::Operand;
+
+constexpr int64_t kSizes[] = {0, 1, 7, 8, 9, 31, 33, 63, 65, 127, 129, 255, 257, 300};
+constexpr int64_t kSizeCount = std::size(kSizes);
+constexpr uint32_t kThresholds[] = {6554, 32768, 65536};
+
+const cpu::Host& host(int64_t i) {
+  static const SplitHost one(1), two(2);
+  static const ThreadHost three(3), seven(7);
+  static const cpu::Host* const hosts[] = {&one, &two, &three, &seven};
+  return *hosts[i];
+}
+
+double kept(const Dropout& d, int64_t row, int64_t col) {
+  if (d.threshold == 0) return 1;
+  return dropout_keeps(d.seed, d.stream, d.threshold, row, col) ? d.scale() : 0;
+}
+
+struct Factor {
+  Tensor tensor;
+  std::vector<char> valid;  // empty: all
+  Dropout dropout{};
+  bool transposed = false;
+
+  Operand operand() const {
+    Operand o(transposed ? tensor.matrix().transposed() : tensor.matrix(), dropout,
+              valid.empty() ? nullptr : reinterpret_cast<const bool*>(valid.data()));
+    o.transposed = transposed;
+    return o;
+  }
+  // As the product sees it, row by row or column by column.
+  std::vector<double> values(bool by_rows) const {
+    const Matrix m = operand().matrix;
+    std::vector<double> all(static_cast<size_t>(m.rows * m.cols));
+    for (int64_t i = 0; i < m.rows; ++i) {
+      for (int64_t j = 0; j < m.cols; ++j) {
+        const int64_t row = transposed ? j : i, col = transposed ? i : j;
+        const double scale = valid.empty() || valid[size_t(row)] ? kept(dropout, row, col) : 0;
+        all[size_t(by_rows ? i * m.cols + j : j * m.rows + i)] = scale == 0 ? 0 : scale * get(m, i, j);
+      }
+    }
+    return all;
+  }
+};
+
+Factor factor(Random& random, Dtype dtype, int64_t rows, int64_t cols) {
+  Factor f;
+  f.transposed = random.coin();
+  f.tensor = Tensor(dtype, f.transposed ? cols : rows, f.transposed ? rows : cols, static_cast<Layout>(random.below(4)));
+  if (random.below(3) == 0) f.dropout = {random.bits(), kThresholds[random.below(3)], static_cast<uint32_t>(random.below(2))};
+  if (random.below(3) == 0) {
+    f.valid.resize(static_cast<size_t>(f.tensor.matrix().rows) + 1);
+    for (char& v : f.valid) v = random.coin();
+  }
+  f.tensor.fill([&](int64_t row, int64_t) { return f.valid.empty() || f.valid[size_t(row)] ? random.uniform() : kNan; });
+  return f;
+}
+
+// One random product: every kind of operand and epilogue, against plain sums in double, on all hosts bit for bit.
+template <class Acc>
+void product(Random& random, int64_t m, int64_t n, int64_t k) {
+  const auto any = [&] { return kDtypes[random.below(4)]; };
+  const Factor a = factor(random, any(), m, k), b = factor(random, any(), k, n);
+  Epilogue e;
+  e.alpha = random.coin() ? 1 : random.uniform();
+  e.accumulate = random.coin();
+  Tensor bias, residual;
+  if (random.coin()) {
+    bias = Tensor(any(), 1, n, static_cast<Layout>(random.below(4)));
+    bias.fill([&](int64_t, int64_t) { return random.uniform(); });
+    e.bias = bias;
+  }
+  if (random.coin()) {
+    residual = Tensor(any(), m, n, static_cast<Layout>(random.below(4)));
+    residual.fill([&](int64_t, int64_t) { return random.uniform(); });
+    e.residual = residual;
+  }
+  if (random.below(3) == 0) e.mask = {random.bits(), kThresholds[random.below(3)], 0};
+  const Dtype out_dtype = any();
+  const Layout out_layout = static_cast<Layout>(random.below(4));
+  Tensor before(out_dtype, m, n, out_layout);  // NaN where nothing is added to it
+  if (e.accumulate) before.fill([&](int64_t, int64_t) { return random.uniform(); });
+  const auto run = [&](auto&& call) {
+    Tensor out(out_dtype, m, n, out_layout);
+    out.fill([&](int64_t i, int64_t j) { return get(before, i, j); });
+    call(out);
+    return out;
+  };
+  const Tensor out = run([&](const Matrix& to) { cpu::gemm<Acc>(host(0), to, a.operand(), b.operand(), e); });
+  CHECK(out.gaps_intact(), "wrote beside the matrix, %d %d %d", int(m), int(n), int(k));
+  const std::vector<double> rows = a.values(true), columns = b.values(false);
+  const double unit = epsilon(sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const double* x = rows.data() + i * k;
+      const double* y = columns.data() + j * k;
+      double sum = 0, size = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        sum += x[l] * y[l];
+        size += std::abs(x[l] * y[l]);
+      }
+      const double scale = e.alpha * kept(e.mask, i, j);
+      sum *= scale, size *= std::abs(scale);
+      for (const double term : {e.bias ? get(e.bias, 0, j) : 0, e.residual ? get(e.residual, i, j) : 0,
+                                e.accumulate ? get(before, i, j) : 0}) {
+        sum += term, size += std::abs(term);
+      }
+      const double allowed = double(k + 8) * unit * size + epsilon(out_dtype) * std::abs(sum) + tiny(out_dtype);
+      CHECK(std::abs(get(out, i, j) - sum) <= allowed, "(%d, %d) of %d %d %d is %g, not %g", int(i), int(j), int(m), int(n), int(k),
+            get(out, i, j), sum);
+    }
+  }
+  for (const int64_t h : {int64_t{1}, 2 + random.below(2)}) {
+    const Tensor split = run([&](const Matrix& to) { cpu::gemm<Acc>(host(h), to, a.operand(), b.operand(), e); });
+    CHECK(split.bytes() == out.bytes(), "threads changed a bit, %d %d %d", int(m), int(n), int(k));
+  }
+  const Tensor serial = run([&](const Matrix& to) { cpu::gemm_serial<Acc>(to, a.operand(), b.operand(), e); });
+  CHECK(serial.bytes() == out.bytes(), "gemm_serial differs, %d %d %d", int(m), int(n), int(k));
+  // (a b)ᵀ = bᵀ aᵀ, with what `turned` keeps of dropout and `valid`
+  if (e.mask.threshold == 0 && !e.bias && !e.residual) {
+    const Tensor turned = run([&](const Matrix& to) {
+      cpu::gemm<Acc>(host(0), to.transposed(), b.operand().turned(), a.operand().turned(), e);
+    });
+    CHECK(turned.bytes() == out.bytes(), "turned over, %d %d %d", int(m), int(n), int(k));
+  }
+}
+
+// Two Latin squares: every pair of sizes meets in every pair of places.
+void products() {
+  Random random(3);
+  for (int64_t i = 0; i < kSizeCount; ++i) {
+    for (int64_t j = 0; j < kSizeCount; ++j) {
+      product<float>(random, kSizes[i], kSizes[j], kSizes[(i + j) % kSizeCount]);
+      product<double>(random, kSizes[i], kSizes[j], kSizes[(i + 3 * j + 5) % kSizeCount]);
+    }
+  }
+  for (int repeat = 0; repeat < 300; ++repeat) {  // the rest of the options at small sizes
+    product<float>(random, random.below(20), random.below(40), random.below(20));
+    product<double>(random, random.below(20), random.below(40), random.below(20));
+  }
+  product<float>(random, 300, 300, 600);  // several blocks each way, several depths
+  product<double>(random, 5, 300, 1025);
+  product<float>(random, 1025, 5, 300);
+}
+
+// Large plain products go to the host's library, with the bias and residual laid down before.
+void library() {
+  Random random(4);
+  for (int options = 0; options < 8; ++options) {
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16}) {
+      const int64_t m = 130, n = 70, k = 120;
+      Tensor a(dtype, m, k, Layout::kPadded), b(dtype, k, n, Layout::kTransposed), bias(dtype, 1, n), residual(dtype, m, n);
+      for (Tensor* t : {&a, &b, &bias, &residual}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
+      Epilogue e;
+      e.alpha = 0.5;
+      if (options & 1) e.bias = bias;
+      if (options & 2) e.residual = residual;
+      e.accumulate = options & 4;
+      Tensor ours(dtype, m, n), theirs(dtype, m, n, Layout::kPadded);
+      if (e.accumulate) ours.fill([&](int64_t i, int64_t j) { return double(i - j) / 64; });
+      theirs.fill([&](int64_t i, int64_t j) { return get(ours, i, j); });
+      const LibraryHost with;
+      const bool wide = dtype == Dtype::kFloat64;
+      wide ? cpu::gemm<double>(host(0), ours, a.matrix(), b.matrix(), e) : cpu::gemm<float>(host(0), ours, a.matrix(), b.matrix(), e);
+      wide ? cpu::gemm<double>(with, theirs, a.matrix(), b.matrix(), e) : cpu::gemm<float>(with, theirs, a.matrix(), b.matrix(), e);
+      const bool expected = dtype != Dtype::kBFloat16 && !(e.accumulate && (e.bias || e.residual));
+      CHECK(with.calls == (expected ? 1 : 0), "options %d: %d calls", options, int(with.calls));
+      CHECK(theirs.gaps_intact(), "options %d", options);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          const double difference = std::abs(get(ours, i, j) - get(theirs, i, j));
+          CHECK(difference <= 64 * epsilon(dtype), "options %d: (%d, %d) differs by %g", options, int(i), int(j), difference);
+        }
+      }
+    }
+  }
+}
+
+template <class Acc>
+void rows_and_columns() {
+  Random random(5);
+  for (const int64_t m : kSizes) {
+    for (const int64_t n : kSizes) {
+      const auto layout = [&] { return static_cast<Layout>(random.below(4)); };
+      const Dtype out_dtype = kDtypes[random.below(4)], in_dtype = kDtypes[random.below(4)];
+      const double unit = epsilon(out_dtype) + 4 * epsilon(sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
+      Tensor in(in_dtype, m, n, layout()), bias(in_dtype, 1, n, layout()), out(out_dtype, m, n, layout());
+      for (Tensor* t : {&in, &bias}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
+      const bool has_bias = random.coin(), has_residual = random.coin();
+      cpu::fill_rows<Acc>(host(random.below(4)), out, has_bias ? bias.matrix() : Matrix{}, has_residual ? in.matrix() : Matrix{});
+      CHECK(out.gaps_intact(), "fill_rows %d %d", int(m), int(n));
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          const double expected = (has_bias ? get(bias, 0, j) : 0) + (has_residual ? get(in, i, j) : 0);
+          CHECK(std::abs(get(out, i, j) - expected) <= 2 * unit, "fill_rows (%d, %d)", int(i), int(j));
+        }
+      }
+
+      std::vector<char> valid(static_cast<size_t>(m) + 1);
+      const bool masked = random.coin(), accumulate = random.coin();
+      for (int64_t i = 0; i < m; ++i) {
+        valid[size_t(i)] = !masked || random.coin();
+        for (int64_t j = 0; !valid[size_t(i)] && j < n; ++j) set(in, i, j, kNan);
+      }
+      const Layout sum_layout = layout();
+      std::vector<unsigned char> first;
+      for (int64_t h = 0; h < 4; ++h) {
+        Tensor sums(out_dtype, 1, n, sum_layout);
+        if (accumulate) sums.fill([](int64_t, int64_t j) { return double(j % 3); });
+        cpu::column_sums<Acc>(host(h), sums, in, accumulate, masked ? reinterpret_cast<const bool*>(valid.data()) : nullptr);
+        CHECK(sums.gaps_intact(), "column_sums %d %d", int(m), int(n));
+        if (h == 0) first = sums.bytes();
+        CHECK(sums.bytes() == first, "threads changed a bit of column_sums, %d %d", int(m), int(n));
+        for (int64_t j = 0; j < n; ++j) {
+          double expected = accumulate ? double(j % 3) : 0, size = expected;
+          for (int64_t i = 0; i < m; ++i) {
+            if (valid[size_t(i)]) expected += get(in, i, j), size += std::abs(get(in, i, j));
+          }
+          const double allowed = epsilon(out_dtype) * std::abs(expected) + 80 * size * (unit - epsilon(out_dtype)) + tiny(out_dtype);
+          CHECK(std::abs(get(sums, 0, j) - expected) <= allowed, "column_sums %d of %d %d", int(j), int(m), int(n));
+        }
+      }
+    }
+  }
+}
+
+// --- conversions
+
+bool same(double a, double b) { return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b)); }
+
+template <class Acc>
+void half_round_trips() {
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    std::vector<uint16_t> all(65536), back(65536);
+    std::vector<Acc> values(65536);
+    for (size_t i = 0; i < 65536; ++i) all[i] = static_cast<uint16_t>(i);
+    cpu::isa<Acc>().load(all.data(), dtype, 65536, values.data());
+    cpu::isa<Acc>().store(values.data(), 65536, dtype, back.data());
+    for (size_t i = 0; i < 65536; ++i) {
+      CHECK(same(double(values[i]), half_value(dtype, all[i])), "%04zx is read as %g", i, double(values[i]));
+      CHECK(std::isnan(values[i]) ? std::isnan(half_value(dtype, back[i])) : back[i] == all[i], "%04zx comes back as %04x", i, back[i]);
+    }
+    // tails of every length, from every alignment
+    for (int64_t n = 0; n < 70; ++n) {
+      const std::vector<uint16_t> some(all.begin() + 15000, all.begin() + 15000 + n);
+      std::vector<Acc> read(static_cast<size_t>(n));
+      std::vector<uint16_t> written(static_cast<size_t>(n));
+      cpu::isa<Acc>().load(some.data(), dtype, n, read.data());
+      cpu::isa<Acc>().store(read.data(), n, dtype, written.data());
+      CHECK(written == some, "a run of %d", int(n));
+    }
+  }
+}
+
+template <class Acc>
+void check_rounding(Dtype dtype, const std::vector<Acc>& values) {
+  std::vector<uint16_t> stored(values.size());
+  cpu::isa<Acc>().store(values.data(), static_cast<int64_t>(values.size()), dtype, stored.data());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint16_t expected = half_bits(dtype, static_cast<double>(static_cast<float>(values[i])));
+    const bool right = std::isnan(values[i]) ? std::isnan(half_value(dtype, stored[i])) : stored[i] == expected;
+    CHECK(right, "%a is stored as %04x, not %04x", double(values[i]), stored[i], expected);
+  }
+}
+
+void rounding() {
+  Random random(6);
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    std::vector<float> values;
+    // each number, the middle between it and the next, and the neighbours of both
+    for (uint32_t bits = 0; bits < 65535; ++bits) {
+      const double here = half_value(dtype, static_cast<uint16_t>(bits)), next = half_value(dtype, static_cast<uint16_t>(bits + 1));
+      for (const double center : {here, (here + next) / 2}) {
+        const float value = static_cast<float>(center);
+        values.insert(values.end(), {value, std::nextafter(value, -INFINITY), std::nextafter(value, INFINITY)});
+      }
+    }
+    for (const float value : {65504.0f, 65519.996f, 65520.0f, 65536.0f, 1e30f, 3.38e38f, 3.3961e38f, 3.4028235e38f, INFINITY, NAN,
+                              0.0f, 1e-45f, 1.1754942e-38f, 5.9604645e-8f, 2.9802322e-8f, 2.9802326e-8f, 6.1035156e-5f}) {
+      values.insert(values.end(), {value, -value});
+    }
+    for (int i = 0; i < 100000; ++i) {  // any float, NaNs and subnormals among them
+      const uint32_t bits = static_cast<uint32_t>(random.bits());
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      values.push_back(value);
+    }
+    check_rounding(dtype, values);
+    check_rounding(dtype, std::vector<double>(values.begin(), values.end()));
+  }
+}
+
+template <class Acc>
+void wide_conversions() {
+  const std::vector<double> doubles = {0.1, -3.5, 1e-40, 1e300, -1e-300, INFINITY, 16777217.0};
+  const int64_t n = static_cast<int64_t>(doubles.size());
+  std::vector<Acc> loaded(doubles.size());
+  cpu::isa<Acc>().load(doubles.data(), Dtype::kFloat64, n, loaded.data());
+  for (size_t i = 0; i < doubles.size(); ++i) CHECK(loaded[i] == static_cast<Acc>(doubles[i]), "%g", doubles[i]);
+  std::vector<float> floats(doubles.size());
+  cpu::isa<Acc>().store(loaded.data(), n, Dtype::kFloat32, floats.data());
+  for (size_t i = 0; i < doubles.size(); ++i) CHECK(floats[i] == static_cast<float>(loaded[i]), "%g", doubles[i]);
+  cpu::isa<Acc>().load(floats.data(), Dtype::kFloat32, n, loaded.data());
+  std::vector<double> back(doubles.size());
+  cpu::isa<Acc>().store(loaded.data(), n, Dtype::kFloat64, back.data());
+  for (size_t i = 0; i < doubles.size(); ++i) CHECK(back[i] == static_cast<double>(floats[i]), "%g", doubles[i]);
+}
+
+template <class Acc>
+void dot_and_axpy() {
+  Random random(7);
+  for (int64_t n = 0; n < 300; ++n) {
+    std::vector<Acc> a(static_cast<size_t>(n)), b(a), sum;
+    for (Acc& value : a) value = static_cast<Acc>(random.uniform());
+    for (Acc& value : b) value = static_cast<Acc>(random.uniform());
+    const double unit = epsilon(sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
+    double expected = 0;
+    for (size_t i = 0; i < a.size(); ++i) expected += double(a[i]) * double(b[i]);
+    CHECK(std::abs(double(cpu::isa<Acc>().dot(a.data(), b.data(), n)) - expected) <= double(n) * 4 * unit, "dot of %d", int(n));
+    sum = b;
+    cpu::isa<Acc>().axpy(n, Acc(0.75), a.data(), sum.data());
+    for (size_t i = 0; i < a.size(); ++i) {
+      CHECK(std::abs(double(sum[i]) - (double(b[i]) + 0.75 * double(a[i]))) <= 4 * unit, "axpy of %d", int(n));
+    }
+  }
+}
+
+void chosen_set() {
+  const char* wanted = std::getenv("ROUTED_PEFT_ISA");
+  std::printf("instruction set: %s, asked for: %s\n", cpu::isa<float>().name, wanted ? wanted : "any");
+  CHECK(std::strcmp(cpu::isa<float>().name, cpu::isa<double>().name) == 0, "two sets at once");
+}
+
+}  // namespace
+}  // namespace routed_peft::test
+
+int main() {
+  using namespace routed_peft::test;
+  chosen_set();
+  half_round_trips<float>();
+  half_round_trips<double>();
+  rounding();
+  wide_conversions<float>();
+  wide_conversions<double>();
+  dot_and_axpy<float>();
+  dot_and_axpy<double>();
+  rows_and_columns<float>();
+  rows_and_columns<double>();
+  products();
+  library();
+}

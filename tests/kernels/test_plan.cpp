@@ -1,0 +1,168 @@
+#include "check.h"
+#include "kernels/plan.h"
+
+namespace routed_peft::test {
+namespace {
+
+using plan::GramOrder;
+
+constexpr Routing kRoutings[] = {Routing::kNone, Routing::kAdd,      Routing::kMul,       Routing::kExpand,
+                                 Routing::kGram, Routing::kGramRelu, Routing::kCrossGram, Routing::kOnes};
+
+plan::GramShape shape(double n, double m, double w, double samples = 8, double bytes = 4) {
+  return {samples, samples, n, m, w, 1, bytes};
+}
+
+// Flops alone put the forward's threshold at R = 2NM/(N+M) and the backward's at 10NM/(4N+2M); the bytes, and making S
+// again, may move both by less than a factor of 4.
+void thresholds() {
+  for (const double n : {16, 50, 197, 1024, 4096}) {
+    for (const double m : {16, 50, 197, 576, 4096}) {
+      for (const double bytes : {2, 4, 8}) {
+        const double forward = 2 * n * m / (n + m), backward = 10 * n * m / (4 * n + 2 * m);
+        CHECK(plan::gram_forward(shape(n, m, forward / 4, 8, bytes)) == GramOrder::kMatrix, "n %g, m %g", n, m);
+        CHECK(plan::gram_forward(shape(n, m, forward * 4, 8, bytes)) == GramOrder::kTokens, "n %g, m %g", n, m);
+        CHECK(plan::gram_backward(shape(n, m, backward / 4, 8, bytes)) == GramOrder::kMatrix, "n %g, m %g", n, m);
+        CHECK(plan::gram_backward(shape(n, m, backward * 4, 8, bytes)) == GramOrder::kTokens, "n %g, m %g", n, m);
+      }
+    }
+  }
+}
+
+void examples() {
+  for (const double bytes : {2, 4}) {
+    CHECK(plan::gram_forward(shape(1024, 576, 64, 16, bytes)) == GramOrder::kMatrix, "long inputs");
+    CHECK(plan::gram_backward(shape(1024, 576, 64, 16, bytes)) == GramOrder::kMatrix, "long inputs");
+    CHECK(plan::gram_forward(shape(32, 197, 64, 40, bytes)) == GramOrder::kTokens, "short inputs, forward");
+    CHECK(plan::gram_backward(shape(32, 197, 64, 40, bytes)) == GramOrder::kMatrix, "short inputs, backward");
+  }
+  CHECK(plan::gram_forward(shape(25, 197, 256, 512)) == GramOrder::kTokens, "134 MB of S beside 39 MB of X");
+  // The cost model counts what it says: 11.5 times fewer flops for the first example.
+  const plan::GramShape s = shape(1e6 * 1024, 1e6 * 576, 1e6 * 64);  // so large that bytes do not matter
+  const double ratio = plan::gram_forward_cost(s, GramOrder::kTokens) / plan::gram_forward_cost(s, GramOrder::kMatrix);
+  CHECK(ratio > 11.45 && ratio < 11.55, "ratio %g", ratio);
+}
+
+void bytes_and_sharing() {
+  // Just below the flop threshold of 100 the traffic of S decides.
+  CHECK(plan::gram_forward(shape(100, 100, 95)) == GramOrder::kTokens, "S is written and read for nothing");
+  // Samples that share a condition share its S, and read V again each.
+  plan::GramShape shared = shape(100, 100, 95);
+  shared.conditions = 1;
+  CHECK(plan::gram_forward(shared) == GramOrder::kMatrix, "one S for 8 samples");
+  for (const double w : {4, 16, 40, 64, 90, 120, 200}) {
+    for (const double n : {1, 30, 300}) {
+      plan::GramShape own = shape(n, 64, w), grouped = own;
+      own.conditions = own.samples;
+      shared = own;
+      shared.conditions = 1;
+      grouped.groups = 3;
+      if (plan::gram_forward(own) == GramOrder::kMatrix) CHECK(plan::gram_forward(shared) == GramOrder::kMatrix, "w %g", w);
+      if (plan::gram_backward(own) == GramOrder::kMatrix) CHECK(plan::gram_backward(shared) == GramOrder::kMatrix, "w %g", w);
+      CHECK(plan::gram_forward(grouped) == plan::gram_forward(own), "groups change nothing for a given width, w %g", w);
+      CHECK(plan::gram_backward(grouped) == plan::gram_backward(own), "groups change nothing for a given width, w %g", w);
+    }
+  }
+  const plan::GramShape empty{0, 0, 0, 0, 8, 1, 4};
+  CHECK(plan::gram_forward(empty) == GramOrder::kMatrix && plan::gram_backward(empty) == GramOrder::kMatrix, "nothing to do");
+}
+
+void state_kinds() {
+  using enum StateKind;
+  struct Row {
+    Routing routing;
+    StateKind unpooled;  // with pool none and more than one token
+  };
+  constexpr Row kRows[] = {{Routing::kNone, kNone},   {Routing::kAdd, kTokens},       {Routing::kMul, kTokens},
+                           {Routing::kExpand, kTokens}, {Routing::kGram, kMatrix},    {Routing::kGramRelu, kMatrix},
+                           {Routing::kCrossGram, kTokens}, {Routing::kOnes, kVector}};
+  for (const Row& row : kRows) {
+    const StateKind pooled = row.routing == Routing::kNone ? kNone : kVector;
+    CHECK(plan::state_kind(row.routing, Pool::kNone, false) == row.unpooled, "routing %d", int(row.routing));
+    CHECK(plan::state_kind(row.routing, Pool::kNone, true) == pooled, "routing %d", int(row.routing));
+    for (const bool single : {false, true}) {
+      CHECK(plan::state_kind(row.routing, Pool::kMean, single) == pooled, "routing %d", int(row.routing));
+      CHECK(plan::state_kind(row.routing, Pool::kFirst, single) == pooled, "routing %d", int(row.routing));
+    }
+  }
+}
+
+void rank_one_table() {
+  for (const Routing routing : kRoutings) {
+    const bool family = routing == Routing::kExpand || routing == Routing::kGram || routing == Routing::kOnes;
+    for (int kind = 0; kind < 4; ++kind) {
+      for (int activation = 0; activation < 5; ++activation) {
+        for (const bool bias : {false, true}) {
+          const bool expected = family && kind == static_cast<int>(StateKind::kVector) && activation == 0 && !bias;
+          CHECK(plan::rank_one(routing, static_cast<StateKind>(kind), static_cast<Activation>(activation), bias) == expected,
+                "routing %d, kind %d, activation %d, bias %d", int(routing), kind, activation, bias);
+        }
+      }
+    }
+  }
+}
+
+// A constant expression of two numbers: nothing about the machine can get in.
+static_assert(plan::reduction_splits(1, 1000) == 16);
+static_assert(plan::reduction_splits(1, 7) == 3);
+static_assert(plan::reduction_splits(0, 0) == 1);
+
+void splits() {
+  for (int64_t conditions = 0; conditions <= 40; ++conditions) {
+    int64_t before = 1;
+    for (int64_t segments = 0; segments <= 400; ++segments) {
+      const int64_t n = plan::reduction_splits(conditions, segments);
+      CHECK(n >= 1 && n <= 16, "%d conditions, %d segments: %d", int(conditions), int(segments), int(n));
+      CHECK(n == 1 || n * conditions <= 16, "%d conditions, %d segments: %d", int(conditions), int(segments), int(n));
+      CHECK(n == 1 || 2 * n * conditions <= segments, "less than two segments a part: %d, %d", int(conditions), int(segments));
+      CHECK(n >= before, "fewer parts for more segments: %d, %d", int(conditions), int(segments));
+      before = n;
+    }
+  }
+}
+
+void library() {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64}) {
+    CHECK(plan::library_gemm(dtype, 4096, 64, 768), "a large product");
+    CHECK(plan::library_gemm(dtype, 100, 100, 100) && !plan::library_gemm(dtype, 100, 100, 99), "the limit");
+    CHECK(!plan::library_gemm(dtype, 1 << 20, 7, 768) && plan::library_gemm(dtype, 1 << 20, 8, 768), "thin");
+    CHECK(!plan::library_gemm(dtype, 7, 768, 1 << 20) && !plan::library_gemm(dtype, 768, 1 << 20, 7), "thin");
+    CHECK(!plan::library_gemm(dtype, 0, 64, 64) && !plan::library_gemm(dtype, 64, 64, 0), "empty");
+    CHECK(plan::library_gemm(dtype, 1 << 24, 1 << 24, 1 << 24), "more than 2^63 products");
+  }
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    CHECK(!plan::library_gemm(dtype, 4096, 4096, 4096), "half precision stays here");
+  }
+  CHECK(plan::library_base_gemm(1, 1, 1) && !plan::library_base_gemm(0, 1, 1) && !plan::library_base_gemm(1, 1, 0), "base");
+}
+
+void parameters() {
+  for (const uint32_t k : {0u, 1u, 6554u, 32768u, 65535u}) {
+    const Dropout dropout{0, k, 0};
+    CHECK(dropout.scale() * (65536 - k) == 65536, "threshold %u", k);
+  }
+  const int64_t offsets[] = {0, 3, 3, 8};
+  const Sequences even{4, 12, nullptr}, varlen{3, 8, offsets}, none{0, 0, nullptr};
+  CHECK(even.length() == 3 && even.begin(2) == 6 && even.end(3) == 12, "even lengths");
+  CHECK(varlen.begin(1) == 3 && varlen.end(1) == 3 && varlen.end(2) == 8, "offsets");
+  CHECK(none.length() == 0, "no samples");
+  float numbers[24];
+  const Matrix m = dense(numbers, Dtype::kFloat32, 4, 6);
+  CHECK(m.at(2, 3) == numbers + 15 && m.transposed().at(3, 2) == numbers + 15, "strides");
+  CHECK(m.block(1, 2, 2, 3).at(1, 1) == numbers + 15 && !Matrix{}, "blocks, and no matrix at all");
+}
+
+}  // namespace
+}  // namespace routed_peft::test
+
+int main() {
+  using namespace routed_peft::test;
+  thresholds();
+  examples();
+  bytes_and_sharing();
+  state_kinds();
+  rank_one_table();
+  splits();
+  library();
+  parameters();
+}

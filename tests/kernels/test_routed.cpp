@@ -1,0 +1,813 @@
+// The routed layer against its definition, written once more in double without any of the library's shortcuts, and
+// against central differences of that definition.
+#include "cpu/routed.h"
+
+#include <array>
+#include <memory>
+
+#include "kernels/device/philox.cuh"
+#include "kernels/plan.h"
+#include "support.h"
+
+namespace routed_peft::test {
+namespace {
+
+using plan::GramOrder;
+using Numbers = std::vector<double>;
+
+// The differentiable inputs of a layer.
+enum Input { kX, kA, kB, kY, kC, kWeight, kBias, kBDown, kBC, kState, kInputs };
+constexpr const char* kNames[] = {"x", "A", "B", "y", "C", "weight", "bias", "b_down", "b_C", "state"};
+
+struct Block {
+  int64_t rows = 0, cols = 0;
+  Numbers v;  // empty: absent
+  bool present() const { return cols > 0; }
+};
+using Values = std::array<Block, kInputs>;
+
+enum class SliceMode { kWhole, kPartial, kMixed, kUnmixed };
+
+struct Case {
+  Routing routing = Routing::kNone;
+  Source source = Source::kNone;
+  StateKind kind = StateKind::kNone;
+  Pool pool = Pool::kNone;
+  bool varlen_x = false, varlen_y = false, mask = false, index = false;
+  SliceMode slices = SliceMode::kWhole;
+  int64_t samples = 3, n = 4, m = 3, conditions = 0;  // 0: one a sample
+  int64_t d = 5, d_c = 3, rank = 2, o = 7;
+  bool shared = false, b_down = false, b_c = false, bias = false, weight = false, residual = false;
+  bool input_mask = false, scale_by_tokens = true;
+  Activation activation = Activation::kNone;
+  uint32_t drop_x = 0, drop_y = 0;
+  bool large = false;
+};
+
+// A case with its numbers. All are odd multiples of 1/128: exact in every dtype, and their sums rarely zero, where relu
+// has no derivative.
+struct Layer {
+  Problem p;  // without its matrices
+  Values values;
+  Numbers dout, multiply_x, multiply_y;
+  std::vector<int64_t> x_offsets, y_offsets, index;
+  std::unique_ptr<bool[]> condition_mask, input_mask;
+  std::vector<Slice> slices;
+};
+
+double number(Random& random) { return double(2 * random.below(128) - 127) / 128; }
+
+Block block(Random& random, int64_t rows, int64_t cols) {
+  Block b{rows, cols, Numbers(static_cast<size_t>(rows * cols))};
+  for (double& value : b.v) value = number(random);
+  return b;
+}
+
+std::unique_ptr<bool[]> some(Random& random, int64_t rows) {
+  auto mask = std::make_unique<bool[]>(static_cast<size_t>(rows) + 1);
+  for (int64_t i = 0; i < rows; ++i) mask[size_t(i)] = random.below(3) != 0;
+  return mask;
+}
+
+// Ragged lengths, the empty one among them.
+std::vector<int64_t> offsets_of(const std::vector<int64_t>& lengths) {
+  std::vector<int64_t> offsets{0};
+  for (const int64_t length : lengths) offsets.push_back(offsets.back() + length);
+  return offsets;
+}
+
+Numbers multiplier(const Dropout& drop, int64_t rows, int64_t cols) {
+  Numbers m(static_cast<size_t>(rows * cols), 1.0);
+  for (int64_t i = 0; drop.threshold != 0 && i < rows * cols; ++i) {
+    m[size_t(i)] = dropout_keeps(drop.seed, drop.stream, drop.threshold, i / cols, i % cols) ? drop.scale() : 0;
+  }
+  return m;
+}
+
+Layer make(const Case& c, Random& random) {
+  Layer layer;
+  Problem& p = layer.p;
+  p.routing = c.routing, p.source = c.source, p.pool = c.pool, p.kind = c.kind, p.activation = c.activation;
+  p.scale_by_tokens = c.scale_by_tokens, p.residual = c.residual, p.out_features = c.o, p.scaling = 0.75;
+  const bool two = c.slices == SliceMode::kMixed || c.slices == SliceMode::kUnmixed;
+  if (c.slices == SliceMode::kWhole) {
+    layer.slices = {{0, c.o, 0}};
+  } else if (c.slices == SliceMode::kPartial) {
+    layer.slices = {{2, c.o - 3, 0}};
+  } else {
+    layer.slices = {{c.o - 3, 3, 0}, {1, 2, 3}};  // not in the order of the columns
+  }
+  p.slices = layer.slices.data();
+  p.slice_count = static_cast<int64_t>(layer.slices.size());
+  p.width = c.rank * p.slice_count;
+  p.groups = c.slices == SliceMode::kUnmixed ? 2 : 1;
+  int64_t selected = 0;
+  for (const Slice& slice : layer.slices) selected += slice.length;
+  CHECK(two == (p.slice_count == 2), "slices");
+
+  // rows of the inputs and of the conditions
+  const bool elementwise = c.kind == StateKind::kTokens, in_sequence = c.source == Source::kInSequence;
+  const int64_t conditions = c.conditions > 0 ? c.conditions : c.index ? 3 : c.samples;
+  if (c.index) {
+    for (int64_t s = 0; s < c.samples; ++s) layer.index.push_back(random.coin() ? 0 : conditions - 1);  // some are not used
+    p.index = layer.index.data();
+  }
+  std::vector<int64_t> x_lengths(size_t(c.samples), c.n), y_lengths(size_t(conditions), elementwise ? c.n : c.m);
+  if (c.varlen_x) {
+    for (int64_t& length : x_lengths) length = random.below(2 * c.n);
+    x_lengths[size_t(random.below(c.samples))] = 0;
+  }
+  if (c.varlen_y) {
+    for (int64_t& length : y_lengths) length = random.below(2 * c.m);
+    y_lengths[size_t(random.below(conditions))] = 0;
+  }
+  if (elementwise && c.varlen_y) {
+    for (int64_t s = 0; s < c.samples; ++s) x_lengths[size_t(s)] = y_lengths[size_t(p.condition_of(s))];
+  }
+  layer.x_offsets = offsets_of(x_lengths);
+  layer.y_offsets = offsets_of(y_lengths);
+  p.inputs = {c.samples, layer.x_offsets.back(), c.varlen_x ? layer.x_offsets.data() : nullptr};
+  p.conditions = {conditions, layer.y_offsets.back(), c.varlen_y ? layer.y_offsets.data() : nullptr};
+  if (in_sequence) p.conditions = p.inputs;
+  const int64_t rows = p.inputs.rows, y_rows = p.conditions.rows;
+
+  Values& v = layer.values;
+  v[kX] = block(random, rows, c.d);
+  v[kA] = block(random, p.width, c.d);
+  v[kB] = block(random, selected, c.rank);
+  if (c.weight) v[kWeight] = block(random, c.o, c.d);
+  if (c.bias) v[kBias] = block(random, 1, c.o);
+  if (c.b_down) v[kBDown] = block(random, 1, p.width);
+  p.shared = c.shared || in_sequence;
+  if (c.source == Source::kTokens) {
+    v[kY] = block(random, y_rows, p.shared ? c.d : c.d_c);
+    if (!p.shared) v[kC] = block(random, p.width, c.d_c);
+    if (!p.shared && c.b_c) v[kBC] = block(random, 1, p.width);
+  } else if (c.source == Source::kState) {
+    v[kState] = block(random, c.kind == StateKind::kTokens ? y_rows : conditions, p.state_size());
+  }
+  if (c.mask || in_sequence) {
+    layer.condition_mask = some(random, y_rows);
+    if (random.coin()) {  // a condition without any valid token
+      for (int64_t row = p.conditions.begin(0); row < p.conditions.end(0); ++row) layer.condition_mask[size_t(row)] = false;
+    }
+    p.condition_mask = layer.condition_mask.get();
+  }
+  if (c.input_mask) {
+    layer.input_mask = some(random, rows);
+    p.input_mask = layer.input_mask.get();
+  }
+  const uint64_t seed = random.bits();
+  p.drop_x = {seed, c.drop_x, 0};
+  p.drop_y = in_sequence ? p.drop_x : Dropout{seed, c.drop_y, 1};
+  layer.multiply_x = multiplier(p.drop_x, rows, c.d);
+  if (v[kY].present()) layer.multiply_y = multiplier(p.drop_y, y_rows, v[kY].cols);
+  layer.dout = block(random, rows, c.o).v;
+  return layer;
+}
+
+// --- the definition
+
+struct Reference {
+  Numbers out, t, z, v, state, pooled_y;
+};
+
+double activate(Activation activation, double z) {
+  switch (activation) {
+    case Activation::kGelu:
+      return z * 0.5 * std::erfc(-z / std::sqrt(2.0));
+    case Activation::kGeluTanh:
+      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (z + 0.044715 * z * z * z)));
+    case Activation::kRelu:
+      return z > 0 ? z : 0;
+    case Activation::kSilu:
+      return z / (1 + std::exp(-z));
+    default:
+      return z;
+  }
+}
+
+// rows [n, k] · matrix [m, k]ᵀ + bias, with a multiplier of the rows' numbers
+Numbers project(const Block& x, const Numbers& multiply, const Block& a, const Block& bias) {
+  Numbers out(static_cast<size_t>(x.rows * a.rows));
+  for (int64_t i = 0; i < x.rows; ++i) {
+    for (int64_t j = 0; j < a.rows; ++j) {
+      double sum = bias.present() ? bias.v[size_t(j)] : 0;
+      for (int64_t k = 0; k < x.cols; ++k) {
+        sum += multiply[size_t(i * x.cols + k)] * x.v[size_t(i * x.cols + k)] * a.v[size_t(j * x.cols + k)];
+      }
+      out[size_t(i * a.rows + j)] = sum;
+    }
+  }
+  return out;
+}
+
+void make_state(const Layer& layer, const Values& in, Reference& r) {
+  const Problem& p = layer.p;
+  const int64_t width = p.width, w = p.group_width(), y_rows = p.conditions.rows;
+  if (p.source == Source::kInSequence) {
+    r.v = r.t;
+  } else {
+    r.v = p.shared ? project(in[kY], layer.multiply_y, in[kA], in[kBDown]) : project(in[kY], layer.multiply_y, in[kC], in[kBC]);
+  }
+  const auto valid = [&](int64_t row) { return p.condition_mask == nullptr || p.condition_mask[row]; };
+  for (int64_t row = 0; row < y_rows; ++row) {
+    for (int64_t j = 0; !valid(row) && j < width; ++j) r.v[size_t(row * width + j)] = 0;
+  }
+  if (p.kind == StateKind::kTokens) {
+    r.state = r.v;
+    return;
+  }
+  const Block& y = p.source == Source::kInSequence ? in[kX] : in[kY];
+  const Numbers& multiply = p.source == Source::kInSequence ? layer.multiply_x : layer.multiply_y;
+  r.state.assign(static_cast<size_t>(p.conditions.count * p.state_size()), 0);
+  r.pooled_y.assign(static_cast<size_t>(p.conditions.count * y.cols), 0);
+  for (int64_t c = 0; c < p.conditions.count; ++c) {
+    double count = 0;
+    for (int64_t row = p.conditions.begin(c); row < p.conditions.end(c); ++row) count += valid(row);
+    count = std::max(count, 1.0);
+    const double tokens = p.scale_by_tokens ? count : 1;
+    double* state = r.state.data() + c * p.state_size();
+    bool first = true;
+    for (int64_t row = p.conditions.begin(c); row < p.conditions.end(c); ++row) {
+      const double* v = r.v.data() + row * width;
+      if (p.kind == StateKind::kVector) {
+        const double share = !valid(row) ? 0 : p.pool == Pool::kMean ? 1 / count : p.pool == Pool::kFirst ? first : 1 / tokens;
+        for (int64_t j = 0; j < width; ++j) state[j] += share * v[j];
+        for (int64_t j = 0; share != 0 && j < y.cols; ++j) {
+          r.pooled_y[size_t(c * y.cols + j)] += share * multiply[size_t(row * y.cols + j)] * y.v[size_t(row * y.cols + j)];
+        }
+        first = first && !valid(row);
+        continue;
+      }
+      for (int64_t i = 0; i < width; ++i) {  // row i of the groups' matrices, one below another
+        const double left = p.routing == Routing::kGramRelu ? std::max(v[i], 0.0) : v[i];
+        for (int64_t j = 0; j < w; ++j) state[i * w + j] += left * v[i / w * w + j] / tokens;
+      }
+    }
+  }
+}
+
+// z [w] of row n of a sample, in one group; t: the sample's rows of T in this group, `stride` apart.
+void route_row(const Layer& layer, int64_t sample, int64_t n, int64_t g, const Reference& r, const Numbers& state, double* z) {
+  const Problem& p = layer.p;
+  const int64_t width = p.width, w = p.group_width(), condition = p.condition_of(sample);
+  const int64_t begin = p.inputs.begin(sample), end = p.inputs.end(sample);
+  const auto t = [&](int64_t row, int64_t j) { return r.t[size_t((begin + row) * width + g * w + j)]; };
+  const auto v = [&](int64_t row, int64_t j) {  // what row `row` of the sample reads
+    const int64_t at = p.kind == StateKind::kVector ? condition : p.conditions.begin(condition) + row;
+    return state[size_t(at * width + g * w + j)];
+  };
+  const auto plus = [](double value) { return std::max(value, 0.0); };
+  const auto present = [&](int64_t row) { return p.input_mask == nullptr || p.input_mask[begin + row]; };
+  for (int64_t j = 0; j < w; ++j) {
+    double sum = 0;
+    switch (p.routing) {
+      case Routing::kNone:
+        sum = t(n, j);
+        break;
+      case Routing::kAdd:
+        sum = t(n, j) + v(n, j);
+        break;
+      case Routing::kMul:
+        sum = t(n, j) * v(n, j);
+        break;
+      case Routing::kExpand:
+        for (int64_t i = 0; i < w; ++i) sum += t(n, i) * v(n, j);
+        break;
+      case Routing::kOnes:
+        for (int64_t i = 0; i < w; ++i) sum += t(n, i) * v(n, i);
+        break;
+      case Routing::kGram:
+      case Routing::kGramRelu:
+        for (int64_t i = 0; i < w; ++i) {
+          const bool relu = p.routing == Routing::kGramRelu;
+          const double left = relu ? plus(t(n, i)) : t(n, i);
+          if (p.kind == StateKind::kMatrix) {
+            sum += left * state[size_t(condition * p.state_size() + (g * w + i) * w + j)];
+          } else {
+            sum += left * (relu ? plus(v(n, i)) : v(n, i)) * v(n, j);
+          }
+        }
+        break;
+      case Routing::kCrossGram:
+        for (int64_t row = 0; row < end - begin; ++row) {
+          for (int64_t i = 0; present(row) && i < w; ++i) sum += t(n, i) * t(row, i) * v(row, j);
+        }
+        break;
+    }
+    z[j] = sum;
+  }
+}
+
+Reference evaluate(const Layer& layer, const Values& in) {
+  const Problem& p = layer.p;
+  Reference r;
+  r.t = project(in[kX], layer.multiply_x, in[kA], in[kBDown]);
+  if (p.source == Source::kTokens || p.source == Source::kInSequence) make_state(layer, in, r);
+  const Numbers& state = p.source == Source::kState ? in[kState].v : r.state;
+  const int64_t w = p.group_width(), rank = p.rank(), o = p.out_features, d = in[kX].cols;
+  r.z.resize(r.t.size());
+  for (int64_t sample = 0; sample < p.inputs.count; ++sample) {
+    const int64_t begin = p.inputs.begin(sample);
+    for (int64_t row = begin; row < p.inputs.end(sample); ++row) {
+      for (int64_t g = 0; g < p.groups; ++g) route_row(layer, sample, row - begin, g, r, state, r.z.data() + row * p.width + g * w);
+    }
+  }
+  r.out.assign(static_cast<size_t>(p.inputs.rows * o), 0);
+  for (int64_t row = 0; row < p.inputs.rows; ++row) {
+    double* out = r.out.data() + row * o;
+    for (int64_t i = 0; i < p.slice_count; ++i) {
+      const Slice& slice = p.slices[i];
+      for (int64_t j = 0; j < rank; ++j) {
+        const double z = p.scaling * activate(p.activation, r.z[size_t(row * p.width + i * rank + j)]);
+        for (int64_t k = 0; k < slice.length; ++k) out[slice.start + k] += z * in[kB].v[size_t((slice.row + k) * rank + j)];
+      }
+    }
+    for (int64_t k = 0; k < o; ++k) {
+      if (in[kBias].present()) out[k] += in[kBias].v[size_t(k)];
+      if (p.residual) out[k] += in[kX].v[size_t(row * d + k)];
+      for (int64_t l = 0; in[kWeight].present() && l < d; ++l) {
+        out[k] += in[kX].v[size_t(row * d + l)] * in[kWeight].v[size_t(k * d + l)];
+      }
+    }
+  }
+  return r;
+}
+
+// --- the library on the same numbers
+
+Dtype accumulated(Dtype dtype) { return dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32; }
+
+struct Bound {
+  Problem p;
+  std::array<Tensor, kInputs> tensors;
+  Tensor dout;
+};
+
+Bound bind(const Layer& layer, Dtype dtype, Dtype parameters, Random& random) {
+  Bound b;
+  b.p = layer.p;
+  b.p.dtype = dtype;
+  const auto tensor = [&](const Block& from, Dtype as, Layout layout) {
+    Tensor t(as, from.rows, from.cols, layout);
+    t.fill([&](int64_t i, int64_t j) { return from.v[size_t(i * from.cols + j)]; });
+    return t;
+  };
+  for (int i = 0; i < kInputs; ++i) {
+    if (!layer.values[size_t(i)].present()) continue;
+    const bool wide = i == kX || i == kY || i == kWeight;
+    const Dtype as = i == kState ? accumulated(dtype) : wide ? dtype : parameters;
+    b.tensors[size_t(i)] = tensor(layer.values[size_t(i)], as, i == kState ? Layout::kDense : static_cast<Layout>(random.below(4)));
+  }
+  if (layer.values[kY].present() && layer.p.condition_mask) {
+    const Matrix y = b.tensors[kY];
+    for (int64_t row = 0; row < y.rows; ++row) {  // padding may hold anything
+      for (int64_t j = 0; !layer.p.condition_mask[row] && j < y.cols; ++j) set(y, row, j, kNan);
+    }
+  }
+  const int64_t rows = layer.p.inputs.rows, o = layer.p.out_features;
+  b.dout = tensor({rows, o, layer.dout}, dtype, static_cast<Layout>(random.below(4)));
+  const auto& t = b.tensors;
+  Problem& p = b.p;
+  p.x = t[kX], p.a = t[kA], p.b = t[kB], p.y = t[kY], p.c = t[kC], p.weight = t[kWeight], p.bias = t[kBias];
+  p.b_down = t[kBDown], p.b_c = t[kBC], p.state = t[kState].data();
+  if (p.source == Source::kInSequence) p.y = p.x;
+  if (p.shared) p.c = p.a, p.b_c = p.b_down;
+  return b;
+}
+
+bool encodes(const Problem& p) { return p.source == Source::kTokens || p.source == Source::kInSequence; }
+bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
+int64_t state_rows(const Problem& p) { return p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count; }
+
+constexpr unsigned bit(Input input) { return 1u << input; }
+
+// The inputs whose gradient goes through the condition.
+unsigned through_condition(const Problem& p) {
+  unsigned bits = bit(kY) | bit(kC) | bit(kBC);
+  if (encodes(p) && p.shared) bits |= bit(kA) | bit(kBDown);
+  if (p.source == Source::kInSequence) bits |= bit(kX);
+  return bits;
+}
+
+struct Outcome {
+  Tensor out, t, state, kept;
+  std::array<Tensor, kInputs> gradients;
+};
+
+// A forward that saves nothing (0), for a condition that needs no gradient (1) or one that does (2); then the backward.
+Outcome run(const Bound& bound, const cpu::Host& host, int save, unsigned wanted, Layout layout) {
+  const Problem& p = bound.p;
+  Outcome r;
+  r.out = Tensor(p.dtype, p.inputs.rows, p.out_features, layout);
+  if (save != 0) {
+    const bool one = is_rank_one(p);
+    r.t = Tensor(one ? accumulated(p.dtype) : p.dtype, p.inputs.rows, one ? p.groups : p.width);
+    if (encodes(p) && (p.kind != StateKind::kMatrix || save == 1)) {
+      r.state = Tensor(accumulated(p.dtype), state_rows(p), p.state_size());
+    }
+    if (encodes(p) && save == 2 && p.kind == StateKind::kVector) {
+      r.kept = Tensor(accumulated(p.dtype), p.conditions.count, p.y.cols);
+    } else if (p.source == Source::kTokens && save == 2 && p.kind == StateKind::kMatrix) {
+      r.kept = Tensor(p.dtype, p.conditions.rows, p.width);
+    }
+  }
+  cpu::forward(host, p, {r.out, r.t, r.state.data(), r.kept});
+  if (save == 0) return r;
+  Problem q = p;
+  if (encodes(p)) q.state = r.state.data();
+  for (int i = 0; i < kInputs; ++i) {
+    const Matrix like = bound.tensors[size_t(i)];
+    if (like && (wanted >> i & 1)) r.gradients[size_t(i)] = Tensor(like.dtype, like.rows, like.cols, i == kState ? Layout::kDense : layout);
+  }
+  const auto& g = r.gradients;
+  Backward io;
+  io.dout = bound.dout, io.t = r.t, io.kept = r.kept;
+  io.dx = g[kX], io.da = g[kA], io.db = g[kB], io.dy = g[kY], io.dc = g[kC], io.dweight = g[kWeight], io.dbias = g[kBias];
+  io.db_down = g[kBDown], io.db_c = g[kBC], io.dstate = g[kState].data();
+  cpu::backward(host, q, io);
+  CHECK(r.out.gaps_intact(), "out");
+  for (int i = 0; i < kInputs; ++i) CHECK(!g[size_t(i)].matrix() || g[size_t(i)].gaps_intact(), "d%s", kNames[i]);
+  return r;
+}
+
+// --- comparisons
+
+std::string describe(const Case& c) {
+  char text[300];
+  std::snprintf(text, sizeof text,
+                "routing %d source %d kind %d pool %d varlen %d%d mask %d index %d slices %d rank %d n %d m %d shared %d biases "
+                "%d%d%d weight %d residual %d input_mask %d scaled %d activation %d dropout %u %u",
+                int(c.routing), int(c.source), int(c.kind), int(c.pool), c.varlen_x, c.varlen_y, c.mask, c.index, int(c.slices),
+                int(c.rank), int(c.n), int(c.m), c.shared, c.b_down, c.b_c, c.bias, c.weight, c.residual, c.input_mask,
+                c.scale_by_tokens, int(c.activation), c.drop_x, c.drop_y);
+  return text;
+}
+
+// Every number, against the size of the largest.
+void near(const Matrix& got, const Numbers& expected, double tolerance, const char* what, const std::string& where) {
+  double largest = 1;
+  for (const double value : expected) largest = std::max(largest, std::abs(value));
+  CHECK(got.rows * got.cols == static_cast<int64_t>(expected.size()), "%s: %s", what, where.c_str());
+  for (int64_t i = 0; i < got.rows; ++i) {
+    for (int64_t j = 0; j < got.cols; ++j) {
+      const double value = get(got, i, j), wanted = expected[size_t(i * got.cols + j)];
+      CHECK(std::abs(value - wanted) <= tolerance * largest, "%s (%d, %d) is %.12g, not %.12g: %s", what, int(i), int(j), value,
+            wanted, where.c_str());
+    }
+  }
+}
+
+Numbers numbers(const Matrix& m) {
+  Numbers all;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t j = 0; j < m.cols; ++j) all.push_back(get(m, i, j));
+  }
+  return all;
+}
+
+// The same bits. Distance 0 in a tolerance would let -0 pass, and NaN fail.
+void equal(const Outcome& a, const Outcome& b, const char* what, const std::string& where) {
+  CHECK(a.out.bytes() == b.out.bytes(), "%s: out: %s", what, where.c_str());
+  if (a.t.matrix() && b.t.matrix()) CHECK(a.t.bytes() == b.t.bytes(), "%s: T: %s", what, where.c_str());
+  if (a.state.matrix() && b.state.matrix()) CHECK(a.state.bytes() == b.state.bytes(), "%s: state: %s", what, where.c_str());
+  if (a.kept.matrix() && b.kept.matrix()) CHECK(a.kept.bytes() == b.kept.bytes(), "%s: kept: %s", what, where.c_str());
+  for (size_t i = 0; i < kInputs; ++i) {
+    if (!a.gradients[i].matrix() || !b.gradients[i].matrix()) continue;
+    CHECK(a.gradients[i].bytes() == b.gradients[i].bytes(), "%s: d%s: %s", what, kNames[i], where.c_str());
+  }
+}
+
+double inner(const Numbers& a, const Numbers& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// gradient = d loss / d input, by central differences of `loss`: for every number, or along a few directions.
+template <class Loss>
+void differences(Values& values, Input input, const Matrix& gradient, bool by_element, Random& random, const std::string& where,
+                 const Loss& loss) {
+  constexpr double kStep = 1e-5;
+  Numbers& v = values[input].v;
+  if (by_element) {
+    Numbers expected(v.size());
+    for (size_t i = 0; i < v.size(); ++i) {
+      const double at = v[i];
+      v[i] = at + kStep;
+      const double above = loss();
+      v[i] = at - kStep;
+      expected[i] = (above - loss()) / (2 * kStep);
+      v[i] = at;
+    }
+    near(gradient, expected, 2e-7, kNames[input], where + " (differences)");
+    return;
+  }
+  const Numbers at = v, got = numbers(gradient);
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    Numbers direction(v.size());
+    for (double& value : direction) value = random.uniform();
+    const auto moved = [&](double by) {
+      for (size_t i = 0; i < v.size(); ++i) v[i] = at[i] + by * direction[i];
+      return loss();
+    };
+    const double expected = (moved(kStep) - moved(-kStep)) / (2 * kStep), value = inner(direction, got);
+    v = at;
+    const double size = 1 + std::sqrt(inner(got, got));
+    CHECK(std::abs(value - expected) <= 1e-6 * size, "d%s along a direction is %.12g, not %.12g: %s", kNames[input], value, expected,
+          where.c_str());
+  }
+}
+
+void check_encode(const Layer& layer, Bound& bound, bool by_element, const Reference& reference, Random& random,
+                  const std::string& where) {
+  const Problem& p = bound.p;
+  const Dtype dtype = Dtype::kFloat64;
+  const auto encode = [&](const cpu::Host& host) {
+    Outcome r;
+    r.state = Tensor(dtype, state_rows(p), p.state_size());
+    if (p.kind == StateKind::kVector) r.kept = Tensor(dtype, p.conditions.count, p.y.cols);
+    if (p.kind == StateKind::kMatrix) r.kept = Tensor(dtype, p.conditions.rows, p.width);
+    cpu::encode(host, p, r.state.data(), r.kept);
+    return r;
+  };
+  const SplitHost one(1), three(3);
+  Outcome serial = encode(one), split = encode(three);
+  near(serial.state, reference.state, 1e-12, "encoded state", where);
+  Tensor dstate(dtype, state_rows(p), p.state_size());
+  dstate.fill([&](int64_t, int64_t) { return number(random); });
+  const Numbers weights = numbers(dstate);
+  for (const auto& [host, r] : {std::pair{&one, &serial}, std::pair{&three, &split}}) {
+    for (const Input i : {kY, kC, kBC}) {
+      const Matrix like = bound.tensors[i];
+      if (like) r->gradients[i] = Tensor(dtype, like.rows, like.cols, Layout::kPadded);
+    }
+    cpu::encode_backward(*host, p, dstate.data(), r->kept, r->gradients[kY], r->gradients[kC], r->gradients[kBC]);
+    r->out = Tensor(dtype, 0, 0);
+  }
+  equal(serial, split, "encode in 3 parts", where);
+  Values values = layer.values;
+  for (const Input i : {kY, kC, kBC}) {
+    if (!serial.gradients[i].matrix()) continue;
+    differences(values, i, serial.gradients[i], by_element, random, where + " (encode)", [&] {
+      Reference r;
+      make_state(layer, values, r);
+      return inner(r.state, weights);
+    });
+  }
+}
+
+// What a case is expected to run, and how often each was.
+struct Counts {
+  int64_t cases = 0, rank_one = 0, gram[2][2] = {};
+} counts;
+
+GramOrder order(const Problem& p, Dtype dtype, bool backward) {
+  const plan::GramShape shape{double(p.inputs.count),
+                              double(p.conditions.count),
+                              double(p.inputs.rows) / double(p.inputs.count),
+                              double(p.conditions.rows) / double(p.conditions.count),
+                              double(p.group_width()),
+                              double(p.groups),
+                              double(element_size(dtype))};
+  return backward ? plan::gram_backward(shape) : plan::gram_forward(shape);
+}
+
+void check(const Case& c, Random& random) {
+  const std::string where = describe(c);
+  const Layer layer = make(c, random);
+  const Problem& p = layer.p;
+  const Reference reference = evaluate(layer, layer.values);
+  Bound bound = bind(layer, Dtype::kFloat64, Dtype::kFloat64, random);
+  const Layout layout = static_cast<Layout>(random.below(4));
+  const bool one = is_rank_one(bound.p);
+  ++counts.cases;
+  counts.rank_one += one;
+  if (p.kind == StateKind::kMatrix && encodes(p)) {
+    ++counts.gram[order(p, Dtype::kFloat64, false) == GramOrder::kTokens][order(p, Dtype::kFloat64, true) == GramOrder::kTokens];
+  }
+
+  const bool by_element = !c.large && counts.cases % 5 == 0;
+  constexpr unsigned kAll = ~0u;
+  const Outcome serial = run(bound, SplitHost(1), 2, kAll, layout);
+  near(serial.out, reference.out, 1e-12, "out", where);
+  if (!one) near(serial.t, reference.t, 1e-12, "T", where);
+  if (serial.state.matrix()) near(serial.state, reference.state, 1e-12, "state", where);
+  if (serial.kept.matrix()) {
+    near(serial.kept, p.kind == StateKind::kVector ? reference.pooled_y : reference.v, 1e-12, "kept", where);
+  }
+  Values values = layer.values;
+  for (int i = 0; i < kInputs; ++i) {
+    if (!layer.values[size_t(i)].present()) continue;
+    differences(values, static_cast<Input>(i), serial.gradients[size_t(i)], by_element, random, where,
+                [&] { return inner(evaluate(layer, values).out, layer.dout); });
+  }
+  if (p.condition_mask && p.source == Source::kTokens) {
+    const Matrix dy = serial.gradients[kY];
+    for (int64_t row = 0; row < dy.rows; ++row) {
+      for (int64_t j = 0; !p.condition_mask[row] && j < dy.cols; ++j) CHECK(get(dy, row, j) == 0, "masked dy: %s", where.c_str());
+    }
+  }
+
+  // one thread or many, all gradients or some, saving or not
+  constexpr int64_t kParts[] = {2, 3, 7};
+  const SplitHost in_turn(kParts[counts.cases % 3]);
+  const ThreadHost at_once(kParts[counts.cases % 3]);
+  const cpu::Host& split = c.large || counts.cases % 16 == 0 ? static_cast<const cpu::Host&>(at_once) : in_turn;
+  equal(serial, run(bound, split, 2, kAll, layout), "threads", where);
+  equal(serial, run(bound, SplitHost(1), 0, 0, layout), "nothing saved", where);
+  equal(serial, run(bound, SplitHost(1), 2, static_cast<unsigned>(random.bits()), layout), "some gradients", where);
+  const Outcome frozen = run(bound, split, 1, ~through_condition(p), layout);
+  equal(frozen, run(bound, SplitHost(1), 1, ~through_condition(p), layout), "frozen, threads", where);
+  const auto close = [&](const Outcome& got, double tolerance, const char* what) {
+    near(got.out, numbers(serial.out), tolerance, what, where);
+    for (size_t i = 0; i < kInputs; ++i) {
+      if (!got.gradients[i].matrix()) continue;
+      near(got.gradients[i], numbers(serial.gradients[i]), tolerance, (std::string(what) + ", d" + kNames[i]).c_str(), where);
+    }
+  };
+  close(frozen, 1e-11, "frozen");
+  if (frozen.state.matrix()) near(frozen.state, reference.state, 1e-12, "state", where);
+  if (counts.cases % 4 == 0 || c.large) close(run(bound, LibraryHost(), 2, kAll, layout), 1e-11, "with a library");
+  if (p.source == Source::kTokens && !p.shared) check_encode(layer, bound, by_element, reference, random, where);
+
+  // the other dtypes on the same numbers; parameters may be wider than the input
+  const bool bfloat16 = counts.cases % 2 == 0;
+  const Dtype half = bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+  const Bound single = bind(layer, Dtype::kFloat32, Dtype::kFloat32, random);
+  const Outcome in_single = run(single, SplitHost(1), 2, kAll, layout);
+  close(in_single, c.large ? 1e-4 : 1e-5, "float32");
+  equal(in_single, run(single, split, 2, kAll, layout), "float32, threads", where);
+  const Bound narrow = bind(layer, half, random.coin() ? Dtype::kFloat32 : half, random);
+  close(run(narrow, SplitHost(1), 2, kAll, layout), bfloat16 ? 4e-2 : 6e-3, bfloat16 ? "bfloat16" : "float16");
+}
+
+// --- the cases
+
+struct Form {
+  StateKind kind;
+  Pool pool;
+  int64_t tokens;  // 1: a single one; 0: any
+};
+
+std::vector<Form> forms(Routing routing, Source source) {
+  using enum StateKind;
+  const bool gram = routing == Routing::kGram || routing == Routing::kGramRelu;
+  const Form unpooled{routing == Routing::kOnes ? kVector : gram ? kMatrix : kTokens, Pool::kNone, 0};
+  if (routing == Routing::kNone) return {{kNone, Pool::kNone, 0}};
+  if (source == Source::kState && routing == Routing::kOnes) return {unpooled};
+  if (source == Source::kState) return {{kVector, Pool::kNone, 0}, unpooled};
+  return {{kVector, Pool::kMean, 0}, {kVector, Pool::kFirst, 0}, {kVector, Pool::kNone, 1}, unpooled};
+}
+
+void small_cases() {
+  Random random(8);
+  const auto rarely = [&] { return random.below(3) == 0; };
+  for (int routing = 0; routing < 8; ++routing) {
+    for (int source = routing == 0 ? 0 : 1; source < (routing == 0 ? 1 : 4); ++source) {
+      for (const Form& form : forms(static_cast<Routing>(routing), static_cast<Source>(source))) {
+        for (int options = 0; options < 64; ++options) {
+          Case c;
+          c.routing = static_cast<Routing>(routing);
+          c.source = static_cast<Source>(source);
+          c.kind = form.kind, c.pool = form.pool;
+          const bool in_sequence = c.source == Source::kInSequence, projected = c.source == Source::kTokens;
+          const bool elementwise = c.kind == StateKind::kTokens, has_condition = c.source != Source::kNone;
+          c.slices = static_cast<SliceMode>(options & 3);
+          c.varlen_x = options & 4, c.varlen_y = options & 8, c.mask = options & 16, c.index = options & 32;
+          if (form.tokens == 1) {  // offsets would not say that there is one
+            if (c.varlen_y || (in_sequence && c.varlen_x)) continue;
+            (in_sequence ? c.n : c.m) = 1;
+          }
+          if ((c.varlen_y && (!projected || (elementwise && !c.varlen_x))) || (c.mask && !projected)) continue;
+          if (elementwise && c.varlen_x && !in_sequence && !c.varlen_y) continue;
+          if (c.index && (in_sequence || !has_condition)) continue;
+          c.samples = 2 + random.below(3);
+          c.rank = 1 + random.below(4) + (rarely() ? 4 : 0);
+          if (form.tokens != 1) c.n = 1 + random.below(5), c.m = 2 + random.below(4);
+          if (elementwise && c.n == 1) c.n = 2;  // one token is a vector
+          if (in_sequence && form.tokens != 1 && c.n == 1) c.n = 3;
+          c.shared = projected && random.coin();
+          c.residual = rarely();
+          c.d = c.residual ? c.o : 5;
+          c.weight = random.coin(), c.bias = random.coin(), c.b_c = random.coin();
+          c.b_down = rarely();
+          c.activation = rarely() ? static_cast<Activation>(1 + random.below(4)) : Activation::kNone;
+          c.input_mask = random.coin();
+          c.scale_by_tokens = random.coin();
+          constexpr uint32_t kThresholds[] = {0, 0, 6554, 32768, 32768, 65536};
+          c.drop_x = kThresholds[random.below(6)];
+          c.drop_y = has_condition ? kThresholds[random.below(6)] : 0;
+          check(c, random);
+        }
+      }
+    }
+  }
+}
+
+// Sizes beyond one segment of rows, one chunk of tokens, one block of conditions, one block of a product.
+void large_cases() {
+  Random random(9);
+  Case base;
+  base.large = true;
+  base.source = Source::kTokens;
+  base.weight = base.bias = true;
+  base.drop_x = base.drop_y = 6554;
+  const auto large = [&](Routing routing, StateKind kind, Pool pool, auto&& change) {
+    Case c = base;
+    c.routing = routing, c.kind = kind, c.pool = pool;
+    // Without dropout a sum of an odd number of odd numbers is never zero: so many of them would meet relu's corner.
+    if (routing == Routing::kGramRelu) c.drop_x = c.drop_y = 0;
+    change(c);
+    check(c, random);
+  };
+  const auto expect = [&](const Case& c, GramOrder forward, GramOrder backward) {
+    const plan::GramShape shape{double(c.samples), double(c.samples), double(c.n), double(c.m), double(c.rank), 1, 8};
+    CHECK(plan::gram_forward(shape) == forward && plan::gram_backward(shape) == backward, "%s", describe(c).c_str());
+  };
+  using enum StateKind;
+  for (const Routing routing : {Routing::kGram, Routing::kGramRelu}) {
+    large(routing, kMatrix, Pool::kNone, [&](Case& c) {  // tokens in chunks
+      c.samples = 2, c.n = 3, c.m = 300, c.rank = 40;
+      expect(c, GramOrder::kTokens, GramOrder::kTokens);
+    });
+    large(routing, kMatrix, Pool::kNone, [&](Case& c) {
+      c.samples = 2, c.n = 20, c.m = 9, c.rank = 11;
+      expect(c, GramOrder::kTokens, GramOrder::kMatrix);
+    });
+    large(routing, kMatrix, Pool::kNone, [&](Case& c) {  // the sum over one condition's rows in parts
+      c.samples = 1, c.n = 700, c.m = 9, c.rank = 3;
+      expect(c, GramOrder::kMatrix, GramOrder::kMatrix);
+    });
+    large(routing, kMatrix, Pool::kNone, [&](Case& c) {  // samples of several segments that share a few conditions
+      c.samples = 5, c.n = 150, c.m = 5, c.rank = 6, c.index = true, c.mask = true, c.varlen_x = true;
+    });
+    large(routing, kMatrix, Pool::kNone, [&](Case& c) { c.source = Source::kInSequence, c.samples = 2, c.n = 200, c.rank = 5; });
+  }
+  for (const Routing routing : {Routing::kAdd, Routing::kMul, Routing::kExpand, Routing::kGram, Routing::kGramRelu,
+                                Routing::kCrossGram, Routing::kOnes}) {
+    const Pool pool = routing == Routing::kOnes ? Pool::kNone : Pool::kMean;
+    large(routing, kVector, pool, [](Case& c) { c.samples = 1, c.n = 700, c.d_c = 301; });
+    large(routing, kVector, pool, [](Case& c) { c.samples = 300, c.n = 2, c.m = 2, c.slices = SliceMode::kUnmixed; });
+    large(routing, kVector, pool, [](Case& c) { c.samples = 4, c.n = 270, c.conditions = 2, c.index = true, c.shared = true; });
+  }
+  large(Routing::kMul, kTokens, Pool::kNone, [](Case& c) { c.samples = 2, c.n = 300; });
+  large(Routing::kCrossGram, kTokens, Pool::kNone, [](Case& c) { c.samples = 2, c.n = 150, c.input_mask = true, c.index = true; });
+  large(Routing::kNone, kNone, Pool::kNone, [](Case& c) {  // products of many blocks, or for the library
+    c.source = Source::kNone, c.samples = 1, c.n = 270, c.d = 260, c.o = 270, c.rank = 20;
+  });
+}
+
+// Sizes of which one is nothing.
+void empty_cases() {
+  Random random(10);
+  for (const Routing routing : {Routing::kMul, Routing::kExpand, Routing::kGram, Routing::kCrossGram}) {
+    for (const int what : {0, 1, 2}) {
+      Case c;
+      c.routing = routing, c.source = Source::kTokens, c.pool = Pool::kMean, c.kind = StateKind::kVector;
+      c.weight = c.bias = true;
+      if (what == 0) c.n = 0;
+      if (what == 1) c.m = 0;
+      if (what == 2 && routing == Routing::kGram) c.m = 0, c.pool = Pool::kNone, c.kind = StateKind::kMatrix;
+      check(c, random);
+    }
+  }
+}
+
+// cross_gram leaves masked input tokens out, whatever they hold; only their own rows of the output suffer.
+void padded_inputs() {
+  Random random(11);
+  for (const StateKind kind : {StateKind::kVector, StateKind::kTokens}) {
+    Case c;
+    c.routing = Routing::kCrossGram, c.source = Source::kTokens, c.input_mask = true, c.kind = kind;
+    c.pool = kind == StateKind::kVector ? Pool::kMean : Pool::kNone;
+    const Layer layer = make(c, random);
+    const Reference reference = evaluate(layer, layer.values);
+    const Bound bound = bind(layer, Dtype::kFloat64, Dtype::kFloat64, random);
+    for (int64_t row = 0; row < bound.p.inputs.rows; ++row) {
+      for (int64_t j = 0; !layer.input_mask[size_t(row)] && j < c.d; ++j) set(bound.p.x, row, j, kNan);
+    }
+    const Outcome r = run(bound, SplitHost(1), 0, 0, Layout::kDense);
+    for (int64_t row = 0; row < bound.p.inputs.rows; ++row) {
+      for (int64_t j = 0; layer.input_mask[size_t(row)] && j < c.o; ++j) {
+        CHECK(std::abs(get(r.out, row, j) - reference.out[size_t(row * c.o + j)]) < 1e-12, "row %d, kind %d", int(row), int(kind));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace routed_peft::test
+
+int main() {
+  using namespace routed_peft::test;
+  small_cases();
+  large_cases();
+  empty_cases();
+  padded_inputs();
+  const auto& [cases, rank_one, gram] = counts;
+  std::printf("%d cases, %d rank-one; gram orders (forward, backward): matrix, matrix %d; tokens, matrix %d; tokens, tokens %d\n",
+              int(cases), int(rank_one), int(gram[0][0]), int(gram[1][0]), int(gram[1][1]));
+  CHECK(rank_one > 50 && gram[0][0] > 10 && gram[1][0] > 0 && gram[1][1] > 10, "a path was not taken");
+}

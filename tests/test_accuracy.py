@@ -1,0 +1,123 @@
+"""The error gate: against float64 on the same rounded inputs, we may not be worse than clean eager PyTorch.
+
+Errors are ‖got - want‖ / ‖want‖ for the output and each gradient. Where a tensor has 4,096 elements or more, the
+geometric mean over the seeds of our error over eager's is at most 1.1; a smaller one is at most
+max(1.5 · eager's, 8 eps) off.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import EVERY, Case
+
+from routed_peft.routes import ROUTES
+
+SEEDS = 8
+
+
+def eager(case, t):
+    """The update (and base or residual) as one would write it, all in the tensors' own dtype."""
+    a, c = t["A"], t.get("C", t["A"])
+    h, y = F.linear(t["x"], a, t.get("b_down")), t.get("y")
+    z = h
+    if y is not None:
+        g = F.linear(y, c, t.get("b_C", t.get("b_down")))
+        if ROUTES[case.routing].pool == "mean":
+            g = g.mean(1, keepdim=True)
+        m = g.shape[1]
+        if case.routing == "add":
+            z = h + g
+        elif case.routing == "mul":
+            z = h * g
+        elif case.routing == "expand":
+            z = h @ g.expand(-1, g.shape[2], -1)
+        elif case.routing == "gram":
+            z = h @ g.mT @ g / m
+        elif case.routing == "gram_relu":
+            z = h.relu() @ g.relu().mT @ g / m
+        elif case.routing == "cross_gram":
+            z = (h @ h.sum(1, keepdim=True).mT) * g
+        elif case.routing == "ones":
+            z = (h @ g.mT).sum(-1, keepdim=True).expand_as(h) / m
+    if case.form == "adapter":
+        return t["x"] + F.linear(F.gelu(z), t["B"], t["b_up"])
+    return F.linear(t["x"], t["W"], t["bias"]) + F.linear(z, t["B"]) * 0.7
+
+
+def errors(case, seed):
+    """Our error and eager's for the output and every gradient, and how many numbers each of them has."""
+    t, constant = case.tensors(seed)
+    weights = torch.randn(*t["x"].shape[:-1], t["B"].shape[0], generator=torch.Generator().manual_seed(seed)).to(
+        case.dtype
+    )
+
+    def everything(run, dtype):
+        leaves = {k: v.to(dtype).requires_grad_() for k, v in t.items()}
+        out = run(leaves)
+        out.backward(weights.to(out.dtype))
+        return {"out": out.detach(), **{k: v.grad for k, v in leaves.items()}}
+
+    want = everything(lambda leaves: eager(case, leaves), torch.float64)
+    theirs = everything(lambda leaves: eager(case, leaves), case.dtype)
+    ours = everything(lambda leaves: case.run(leaves, constant, "cpu"), case.dtype)
+
+    def error(got, name):
+        return ((got[name].double() - want[name]).norm() / want[name].norm()).item()
+
+    return {name: (error(ours, name), error(theirs, name), want[name].numel()) for name in want}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["linear", "adapter"])
+@pytest.mark.parametrize("routing", EVERY)
+def test_no_worse_than_eager(routing, form, dtype):
+    case = Case(routing, form, batch=4, n=24, m=9, d=192, out=192, r=32, d_c=160, dtype=dtype)
+    runs = [errors(case, seed) for seed in range(SEEDS)]
+    eps = torch.finfo(dtype).eps
+    for name in runs[0]:
+        size = runs[0][name][2]
+        if size >= 4096:
+            ratio = math.exp(sum(math.log(max(run[name][0], 1e-30) / run[name][1]) for run in runs) / SEEDS)
+            assert ratio <= 1.1, f"{name}: {ratio:.2f} times eager's error"
+        else:
+            for ours, theirs, _ in (run[name] for run in runs):
+                assert ours <= max(1.5 * theirs, 8 * eps), f"{name}: {ours:.1e}, eager {theirs:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ["mul", "gram"])
+def test_no_worse_than_eager_over_many_rows(routing, dtype):
+    """Long sums over the rows, where the order of summation shows."""
+    case = Case(routing, "linear", batch=2, n=1500, m=70, d=96, out=80, r=16, d_c=48, dtype=dtype)
+    runs = [errors(case, seed) for seed in range(SEEDS)]
+    for name in runs[0]:
+        mean = [math.exp(sum(math.log(max(run[name][side], 1e-30)) for run in runs) / SEEDS) for side in (0, 1)]
+        limit = 1.1 * mean[1] if runs[0][name][2] >= 4096 else max(1.5 * mean[1], 8 * torch.finfo(dtype).eps)
+        assert mean[0] <= limit, f"{name}: {mean[0]:.1e}, eager {mean[1]:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("routing", EVERY)
+def test_float32_parameters_under_half_precision(routing, dtype):
+    """Parameters keep their own dtype, and so do their gradients: nothing of them is rounded to the input's."""
+    case = Case(routing, "linear", n=24, d=64, out=48, r=8, d_c=40, dtype=dtype, parameter_dtype=torch.float32)
+    got, want = case.gradients("cpu"), case.gradients("cpu", dtype=torch.float64)
+    for name, tensor in got.items():
+        if tensor is None:
+            continue
+        assert tensor.dtype == (dtype if name in ("out", "x", "y", "W") else torch.float32)
+        assert (tensor.double() - want[name]).norm() < 3 * torch.finfo(dtype).eps * want[name].norm(), name
+
+
+def test_large_magnitudes():
+    """Unscaled gram of thousands of tokens overflows float16 in Z; kept in float32, the output is still right."""
+    case = Case("gram", "lora", n=8, m=4000, d=64, out=32, r=8, scale="none", dtype=torch.float16)
+    t, constant = case.tensors()
+    t["x"] *= 20
+    t["B"] *= 2.0**-12
+    got = case.run(t, constant, "cpu").double()
+    want = case.run({k: v.double() for k, v in t.items()}, constant, "reference")
+    assert (want.abs().max() * 2.0**12) > 65504 and got.isfinite().all()
+    assert (got - want).norm() < 4e-3 * want.norm()

@@ -1,0 +1,542 @@
+"""The layers: when they may compute from the base weight, what they refuse, what bake makes of them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import awaken, batch_of, t5
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from transformers.pytorch_utils import Conv1D
+
+import routed_peft as rp
+from routed_peft.modules import may_read_weight, parameter_options
+from routed_peft.routes import ROUTES
+
+DC = 12
+
+
+def layer_of(base=None, **options):
+    options = {"r": 4, "condition_features": DC, **options}
+    return awaken(rp.RoutedLoRA(nn.Linear(16, 24) if base is None else base, **options))
+
+
+def conv1d(inputs=16, outputs=24):
+    base = Conv1D(outputs, inputs)
+    nn.init.normal_(base.bias)
+    return base
+
+
+def update_of(layer, x, y, **more):
+    """What the layer adds, from the functional form."""
+    return rp.functional.routed_lora(
+        x, layer.lora_A, y, layer.lora_B, layer.condition_A, routing=layer.routing, scaling=layer.scaling,
+        out_slices=layer.out_slices, route_across_slices=layer.route_across_slices,
+        out_features=layer.out_features, **more,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ reading base.weight
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass, as quantisation libraries use for weights."""
+
+
+def forward_hook(base):
+    base.register_forward_hook(lambda module, inputs, out: out * 2)
+
+
+def forward_pre_hook(base):
+    base.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def backward_hook(base):
+    base.register_full_backward_hook(lambda module, grad_in, grad_out: None)
+
+
+def backward_pre_hook(base):
+    base.register_full_backward_pre_hook(lambda module, grad_out: None)
+
+
+def replaced_forward(base):
+    base.forward = lambda x: F.linear(x, base.weight) * 3
+
+
+def parametrised(base):
+    parametrize.register_parametrization(base, "weight", nn.Tanh())
+
+
+def weight_norm(base):
+    parametrizations.weight_norm(base)
+
+
+def hooked_weight(base):
+    """The old weight norm: the weight is a plain attribute that a hook computes."""
+    weight = base.weight.detach()
+    del base.weight
+    base.weight = weight * 2
+
+
+def tensor_subclass(base):
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Tagged))
+
+
+def sparse(base):
+    base.weight = nn.Parameter(base.weight.detach().to_sparse_csr())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("change", [
+    forward_hook, forward_pre_hook, backward_hook, backward_pre_hook, replaced_forward, parametrised, weight_norm,
+    hooked_weight, tensor_subclass, sparse,
+])  # fmt: skip
+def test_a_changed_base_layer_is_called(change):
+    layer, x, y = layer_of(), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    assert may_read_weight(layer.base_layer, x)
+    change(layer.base_layer)
+    assert not may_read_weight(layer.base_layer, x)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.Tensor(layer(x, y)), torch.Tensor(layer.base_layer(x) + update_of(layer, x, y))
+        )
+
+
+@pytest.mark.parametrize(
+    "base", [Halved(16, 24), nn.utils.skip_init(nn.modules.linear.NonDynamicallyQuantizableLinear, 16, 24)]
+)
+def test_a_subclass_is_called(base):
+    nn.init.normal_(base.weight), nn.init.normal_(base.bias)
+    layer, x, y = layer_of(base), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    assert not may_read_weight(base, x)
+    torch.testing.assert_close(layer(x, y), base(x) + update_of(layer, x, y))
+
+
+@pytest.mark.parametrize("register", [
+    nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook,
+    nn.modules.module.register_module_full_backward_hook, nn.modules.module.register_module_full_backward_pre_hook,
+])  # fmt: skip
+def test_a_global_hook_sees_the_base_layer(register):
+    layer, x, y = layer_of(), torch.randn(2, 5, 16, requires_grad=True), torch.randn(2, 3, DC)
+    seen = []
+    handle = register(lambda module, *more: seen.append(module))
+    try:
+        assert not may_read_weight(layer.base_layer, x)
+        out = layer(x, y)
+        out.sum().backward()
+    finally:
+        handle.remove()
+    assert layer.base_layer in seen
+    torch.testing.assert_close(out, layer.base_layer(x) + update_of(layer, x, y))
+    assert may_read_weight(layer.base_layer, x)
+
+
+def test_a_class_wide_forward_is_called(monkeypatch):
+    layer, x, y = layer_of(), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight) * 3)
+    assert not may_read_weight(layer.base_layer, x)
+    torch.testing.assert_close(layer(x, y), layer.base_layer(x) + update_of(layer, x, y))
+
+
+def test_another_dtype_is_the_base_layer_s_business():
+    layer, x, y = layer_of(nn.Linear(16, 24).double()), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    assert not may_read_weight(layer.base_layer, x)
+    with pytest.raises(RuntimeError, match="dtype"):  # as base_layer(x) alone
+        layer(x, y)
+    layer.base_layer.forward = lambda x: F.linear(x.double(), layer.base_layer.weight, layer.base_layer.bias).float()
+    torch.testing.assert_close(layer(x, y), layer.base_layer(x) + update_of(layer, x, y))
+
+
+@pytest.mark.parametrize("which", ["auto", "reference"])
+def test_shapes_on_the_meta_device(which):
+    layer = layer_of(backend=which).to("meta")
+    x, y = X.to("meta"), Y.to("meta")
+    assert layer(x, y).shape == (2, 5, 24) and layer.encode_condition(y).tensor.shape == (2, 4, 4)
+
+
+def test_another_device_is_the_base_layer_s_business():
+    layer = layer_of()
+    assert not may_read_weight(layer.base_layer, torch.randn(2, 5, 16, device="meta"))
+    layer.base_layer.to("meta")
+    assert not may_read_weight(layer.base_layer, torch.randn(2, 5, 16))
+    assert not may_read_weight(layer.base_layer, torch.randn(2, 5, 16, device="meta"))
+
+
+@pytest.mark.parametrize("base", [nn.Linear(16, 24), conv1d()])
+def test_autocast_is_the_base_layer_s_business(base):
+    layer, x, y = layer_of(base), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not may_read_weight(base, x)
+        out = layer(x, y)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, base(x) + update_of(layer, x, y))
+    assert may_read_weight(base, x)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(16, 24), nn.Linear(16, 24, bias=False), conv1d()])
+def test_both_paths_agree(base):
+    layer, x, y = layer_of(base), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    assert may_read_weight(base, x)
+    fused = layer(x, y)
+    fused.square().sum().backward()
+    got = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    base.register_forward_hook(lambda module, inputs, out: None)
+    called = layer(x, y)
+    called.square().sum().backward()
+    torch.testing.assert_close(called, fused)
+    torch.testing.assert_close([p.grad for p in layer.parameters()], got)
+
+
+def test_the_base_output_is_not_written_to():
+    kept = []
+    layer, x, y = layer_of(), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    layer.base_layer.register_forward_hook(lambda module, inputs, out: kept.append((out, out.clone())))
+    layer(x, y)
+    assert torch.equal(*kept[0])
+
+
+def test_quantised_layers_need_only_their_sizes():
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 16, 24
+            self.register_buffer("packed", torch.randint(-128, 127, (24, 16), dtype=torch.int8))
+
+        def forward(self, x):
+            return F.linear(x, self.packed.to(x.dtype) / 64)
+
+    layer, x, y = layer_of(Quantised()), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    assert layer.lora_A.dtype == torch.float32
+    torch.testing.assert_close(layer(x, y), layer.base_layer(x) + update_of(layer, x, y))
+    with pytest.raises(rp.UnsupportedError, match="bake needs a dense nn.Linear or Conv1D base, got Quantised"):
+        layer.bake(y[:1])
+    with pytest.raises(TypeError, match="in_features and out_features, got LayerNorm"):
+        rp.RoutedLoRA(nn.LayerNorm(4))
+
+
+@pytest.mark.parametrize("dtype, wanted", [
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64),
+])  # fmt: skip
+def test_parameter_dtypes(dtype, wanted):
+    base = nn.Linear(16, 24, dtype=dtype)
+    assert parameter_options(base)["dtype"] == wanted
+    layer, y = layer_of(base), torch.randn(2, 3, DC)
+    assert {p.dtype for p in (layer.lora_A, layer.lora_B, layer.condition_A)} == {wanted}
+    out = layer(torch.randn(2, 5, 16, dtype=dtype), y)
+    assert out.dtype == dtype
+    out.sum().backward()
+    assert layer.lora_A.grad.dtype == wanted
+
+
+def test_t5_reads_the_weight_of_wo():
+    model = t5()
+    rp.attach(model, rp.RoutedLoRAConfig(target_modules=["wo"], r=4, condition_features=DC))
+    for layer in (m for m in model.modules() if isinstance(m, rp.RoutedLoRA)):
+        assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
+    with rp.condition(model, torch.randn(2, 3, DC)):
+        assert len(rp.check(model, **batch_of(model)).ran) == 2
+
+
+# ------------------------------------------------------------------------------------------------ without a condition
+@pytest.mark.parametrize("base", [nn.Linear(16, 24), Halved(16, 24)])
+def test_missing_base_is_the_frozen_layer_and_touches_every_parameter(base):
+    layer, x = layer_of(base, missing="base"), torch.randn(2, 5, 16)
+    layer.base_layer.requires_grad_(False)
+    out = layer(x)
+    assert torch.equal(out, base(x))
+    out.sum().backward()  # a distributed run waits for these
+    assert all(p.grad is not None and not p.grad.any() for p in (layer.lora_A, layer.lora_B, layer.condition_A))
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
+@pytest.mark.parametrize("routing", ROUTES)
+def test_missing_lora_routes_nothing(routing):
+    layer, x = layer_of(missing="lora", routing=routing, lora_alpha=6), torch.randn(2, 5, 16)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def test_adapter_without_a_condition():
+    x = torch.randn(2, 5, 16)
+    for residual in (True, False):
+        layer = awaken(rp.RoutedAdapter(16, 4, condition_features=DC, missing="base", residual=residual))
+        out = layer(x)
+        assert torch.equal(out, x if residual else torch.zeros_like(x))
+        out.sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+        layer.missing = "lora"
+        z = F.gelu(F.linear(x, layer.down, layer.down_bias))
+        torch.testing.assert_close(layer(x), F.linear(z, layer.up, layer.up_bias) + (x if residual else 0))
+        layer.missing = "error"
+        with pytest.raises(rp.MissingConditionError, match="^RoutedAdapter ran without"):
+            layer(x)
+
+
+def test_routing_none_needs_no_condition():
+    layer, x = layer_of(routing="none"), torch.randn(2, 5, 16)
+    assert layer.condition_A is None
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + 4 * x @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def test_scaling():
+    assert layer_of(lora_alpha=6).scaling == 1.5
+    assert layer_of(lora_alpha=6, use_rslora=True).scaling == 3.0
+
+
+def test_from_features():
+    layer = rp.RoutedLoRA.from_features(16, 24, bias=False, dtype=torch.float64, r=2, routing="mul")
+    assert type(layer.base_layer) is nn.Linear and layer.bias is None
+    assert (layer.in_features, layer.out_features, layer.r, layer.routing) == (16, 24, 2, "mul")
+    assert layer.lora_A.dtype == torch.float64 and layer.lora_A.shape == (2, 16) and not layer.lora_B.any()
+
+
+# ------------------------------------------------------------------------------------------------ copies
+def test_deepcopy_and_state_dict():
+    layer, x, y = layer_of(), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    wanted = layer(x, y)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x, y), wanted)
+    with torch.no_grad():
+        twin.lora_B.zero_()
+    assert torch.equal(layer(x, y), wanted)
+
+    state = layer.state_dict()
+    assert set(state) == {"base_layer.weight", "base_layer.bias", "lora_A", "lora_B", "condition_A"}
+    fresh = layer_of()
+    assert not torch.equal(fresh(x, y), wanted)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(x, y), wanted)
+
+
+# ------------------------------------------------------------------------------------------------ bake and merge
+LINEAR = [name for name, route in ROUTES.items() if route.linear]
+SLICES = [(None, False), ([(0, 8), (16, 24)], False), ([(0, 8), (16, 24)], True)]
+
+
+def slice_id(value):
+    return "whole" if value[0] is None else "mixed" if value[1] else "slices"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("routing", LINEAR)
+@pytest.mark.parametrize("slices", SLICES, ids=slice_id)
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+def test_bake_is_the_layer(base, slices, routing, bias):
+    base = conv1d() if base == "conv1d" else nn.Linear(16, 24, bias=bias)
+    if not bias and type(base) is not nn.Linear:
+        base.bias = None
+        base.forward = lambda x: x @ base.weight  # Conv1D's own needs a bias
+    layer = layer_of(base, routing=routing, out_slices=slices[0], route_across_slices=slices[1]).double()
+    x, y, mask = torch.randn(1, 5, 16).double(), torch.randn(1, 3, DC).double(), torch.tensor([[1, 0, 1]])
+    for given in ((y, mask), (y,), (y[:, 0],)):
+        baked = layer.bake(*given)
+        assert type(baked) is nn.Linear and not any(p.requires_grad for p in baked.parameters())
+        torch.testing.assert_close(baked(x), layer(x, *given))
+    assert not torch.allclose(baked(x), layer.base_layer(x))
+    if routing != "none":
+        torch.testing.assert_close(layer.bake(layer.encode_condition(y, mask))(x), layer(x, y, mask))
+
+
+def test_bake_casts_to_the_base_dtype():
+    layer, y = layer_of(nn.Linear(16, 24, dtype=torch.bfloat16)), torch.randn(1, 3, DC)
+    baked, x = layer.bake(y), torch.randn(1, 5, 16).bfloat16()
+    assert baked.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(baked(x), layer(x, y), rtol=0.05, atol=0.1)
+
+
+def test_bake_refuses():
+    y = torch.randn(1, 3, DC)
+    for routing in (name for name, route in ROUTES.items() if not route.linear):
+        with pytest.raises(rp.UnsupportedError, match=f"routing '{routing}' is not linear"):
+            layer_of(routing=routing).bake(y)
+    with pytest.raises(rp.ConditionShapeError, match="bake takes 1 condition, got 2"):
+        layer_of().bake(torch.randn(2, 3, DC))
+    with pytest.raises(rp.UnsupportedError, match="a condition per input token"):
+        layer_of(routing="mul", condition_pool="none").bake(y)
+    with pytest.raises(rp.UnsupportedError, match="got Halved"):
+        layer_of(Halved(16, 24)).bake(y)
+
+
+def test_merge_raises():
+    text = "a routed adapter depends on the condition and has no condition-free merged weight; use bake\\(condition\\)"
+    with pytest.raises(rp.UnsupportedError, match=text):
+        layer_of().merge()
+
+
+# ------------------------------------------------------------------------------------------------ misuse
+def named(**options):
+    layer = layer_of(**options)
+    layer.name = "layers.0.q_proj"
+    return layer
+
+
+Y = torch.randn(2, 4, DC)
+X = torch.randn(2, 5, 16)
+NAME = "^RoutedLoRA 'layers.0.q_proj'"
+
+
+@pytest.mark.parametrize("given, text", [
+    ((X, torch.randn(3, 4, DC)), ": input batch 2 does not match condition batch 3$"),
+    ((X, torch.randn(2, 4, 10)), rf": condition must be \[batch, tokens, {DC}\], got \(2, 4, 10\)$"),
+    ((X, torch.randn(2, 1, 4, DC)), rf": condition must be \[batch, tokens, {DC}\], got \(2, 1, 4, 12\)$"),
+    ((X, Y, torch.ones(2, 5, dtype=torch.bool)), r": condition mask \(2, 5\) does not match condition \(2, 4\)$"),
+    ((X, Y, torch.ones(2, 4)), ": condition mask must be bool or 0/1 integers, got torch.float32$"),
+    ((X, torch.randn(3, 4, DC), None, torch.tensor([0, 7])), ": condition_index 7 is out of range for 3 conditions$"),
+    ((X, torch.randn(3, 4, DC), None, torch.tensor([-1, 0])), ": condition_index -1 is out of range for 3 conditions$"),
+    ((X, Y, None, torch.tensor([0, 1, 1])), r": input batch 2 does not match condition_index \(3,\)$"),
+    ((X, Y, None, torch.tensor([0.0, 1.0])), ": condition_index must be integers"),
+    ((X, torch.randn(2, 4, DC, device="meta")), ": condition is on meta, the layer input on cpu$"),
+    ((X, torch.ones(2, 4, DC, dtype=torch.int64)), ": condition must be floating point, got torch.int64$"),
+    ((X, torch.ones(2, 4, DC, dtype=torch.complex64)), ": condition must be floating point, got torch.complex64$"),
+    ((torch.randn(2, 5, 17), Y), r": input must be \[..., 16\], got \(2, 5, 17\)$"),
+    ((torch.randn(7, 16), Y), ": 7 input rows cannot be split over condition batch 2$"),
+])  # fmt: skip
+@pytest.mark.parametrize("fused", [True, False])
+def test_shape_errors(given, text, fused):
+    layer = named()
+    if not fused and given[0].shape[-1] == 16:
+        layer.base_layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(rp.ConditionShapeError, match=NAME + text) as caught:
+        layer(*given)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, rp.RoutedPeftError)
+
+
+def test_shared_width_is_explained():
+    with pytest.raises(rp.ConditionShapeError, match=(
+        NAME + r": condition must be \[batch, tokens, 16\], got \(2, 4, 12\); condition_features=None shares lora_A, "
+        "so the condition needs in_features columns$"
+    )):  # fmt: skip
+        named(condition_features=None)(X, Y)
+
+
+def test_no_condition():
+    with pytest.raises(rp.MissingConditionError) as caught:
+        named()(X)
+    assert str(caught.value) == (
+        "RoutedLoRA 'layers.0.q_proj' ran without a condition. "
+        "Wrap the call in 'with routed_peft.condition(model, y):', pass 'routed_condition=y' to the model, or attach a "
+        "tap; set missing='base' to fall back to the frozen layer."
+    )
+
+
+def test_other_float_dtypes_are_cast():
+    layer = named()
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.testing.assert_close(layer(X, Y.to(dtype)), layer(X, Y.to(dtype).float()))
+
+
+def test_in_sequence_takes_no_condition_and_no_state():
+    layer = named(condition_features=None, condition_source="in_sequence")
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(rp.ConditionShapeError, match=NAME + ": condition_source='in_sequence'.*pass no condition"):
+        layer(X, X, mask)
+    with pytest.raises(rp.UnsupportedError, match=NAME + ": an in-sequence condition is part of the input"):
+        layer.encode_condition(X)
+    with pytest.raises(
+        rp.ConditionShapeError, match=r"in-sequence condition mask \(2, 4\) does not match input \(2, 5\)"
+    ):
+        layer(X, condition_mask=mask[:, :4])
+
+
+def test_backends_that_cannot_serve_raise():
+    with pytest.raises(
+        rp.UnsupportedError, match="backend='cuda' was asked for, and the input is on cpu; use backend='auto'"
+    ):
+        named(backend="cuda")(X, Y)
+    with pytest.raises(rp.UnsupportedError, match="backend='cpu': .*use backend='auto'"):
+        named(backend="cpu", routing="gram_reshape")(X, Y)
+
+
+@pytest.mark.parametrize("kind", ["lora", "shared", "adapter"])
+def test_stale_states(kind):
+    if kind == "adapter":
+        layer, x, y = awaken(rp.RoutedAdapter(16, 4, condition_features=DC)), X, Y
+        read, unread = [layer.condition_down, layer.condition_bias], [layer.down, layer.up]
+    else:
+        layer = layer_of(condition_features=DC if kind == "lora" else None)
+        x, y = X, Y if kind == "lora" else torch.randn(2, 4, 16)
+        read = [layer.condition_A if kind == "lora" else layer.lora_A]
+        unread = [layer.lora_B]
+    for p in unread:
+        state = layer.encode_condition(y)
+        with torch.no_grad():
+            p.mul_(1.5)
+        torch.testing.assert_close(layer(x, state), layer(x, y))
+    for p in read:
+        state = layer.encode_condition(y)
+        with torch.no_grad():
+            p.mul_(1.5)
+        for stale in (state, state.to(torch.float32), state.index_select(torch.tensor([1, 0]))):
+            with pytest.raises(rp.StaleStateError, match="encoded before the parameters changed; encode it again$"):
+                layer(x, stale)
+
+
+def test_a_stale_state_cannot_be_baked():
+    layer = layer_of()
+    state = layer.encode_condition(Y[:1])
+    with torch.no_grad():
+        layer.condition_A.mul_(2)
+    with pytest.raises(rp.StaleStateError):
+        layer.bake(state)
+
+
+def test_the_state_of_another_layer_is_refused():
+    first, second = named(), named()
+    state = first.encode_condition(Y)
+    for call in (lambda: second(X, state), lambda: copy.deepcopy(first)(X, state)):
+        with pytest.raises(rp.StaleStateError, match=NAME + ": this ConditionState was encoded with other parameters"):
+            call()
+    with rp.condition(second, state), pytest.raises(rp.StaleStateError, match="other parameters"):
+        second(X)
+    with pytest.raises(rp.ConditionShapeError, match="the ConditionState is for routing 'gram', not 'mul'"):
+        first.routing = "mul"
+        first(X, state)
+
+
+def test_a_state_already_has_its_mask():
+    layer = named()
+    with pytest.raises(rp.ConditionShapeError, match="already has its mask"):
+        layer(X, layer.encode_condition(Y), torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"r": 0}, "r must be a positive integer"),
+    ({"routing": "grram"}, "routing must be one of"),
+    ({"condition_source": "x"}, "condition_source must be one of"),
+    ({"condition_pool": "max"}, "condition_pool must be one of"),
+    ({"condition_scale": "x"}, "condition_scale must be one of"),
+    ({"missing": "x"}, "missing must be one of"),
+    ({"backend": "x"}, "backend must be one of"),
+    ({"lora_dropout": 2.0}, "lora_dropout must lie in"),
+    ({"condition_dropout": -1.0}, "condition_dropout must lie in"),
+    ({"out_slices": [(0, 25)]}, "out_slices"),
+    ({"out_slices": [(4, 4)]}, "out_slices"),
+    ({"condition_source": "in_sequence"}, "condition_features must be None"),
+])  # fmt: skip
+def test_options_out_of_range(options, text):
+    with pytest.raises(ValueError, match=text):
+        layer_of(**options)
+
+
+def test_dropout_is_for_training_and_independent():
+    layer = layer_of(lora_dropout=0.5).eval()
+    assert torch.equal(layer(X, Y), layer(X, Y))
+    layer.train()
+    torch.manual_seed(1)
+    a, b = layer(X, Y), layer(X, Y)
+    torch.manual_seed(1)
+    assert torch.equal(layer(X, Y), a) and not torch.equal(a, b)
+    full = layer_of(lora_dropout=1.0, condition_dropout=0.0).train()
+    torch.testing.assert_close(full(X, Y), full.base_layer(X))
+
+
+def test_every_route_reads_the_condition():
+    for routing in ROUTES:
+        layer = layer_of(routing=routing)
+        same = torch.allclose(layer(X, Y), layer(X, torch.randn_like(Y)))
+        assert same == (routing == "none"), routing

@@ -1,0 +1,607 @@
+"""How the operator sits in torch: dispatcher ops, tracing, the autograd node, autocast, dropout, ConditionState."""
+
+import copy
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import awaken
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import routed_peft as rp
+from routed_peft import functional
+from routed_peft.ops import SOURCES
+from routed_peft.routes import ACTIVATIONS, POOLS, ROUTES
+
+NAMES = [name for name in ROUTES if name != "gram_reshape"]  # the reference backend's alone
+OPS = torch.ops.routed_peft
+B, N, M, D, DC, OUT, R = 2, 5, 3, 16, 12, 24, 4
+NO_DERIVATIVE = "no derivative of its own"
+
+
+def lora(routing="gram", dtype=torch.float32, **options):
+    base = nn.Linear(D, OUT, dtype=dtype)
+    return awaken(rp.RoutedLoRA(base, r=R, routing=routing, condition_features=DC, **options))
+
+
+def adapter(routing="gram", **options):
+    return awaken(rp.RoutedAdapter(D, R, routing=routing, condition_features=DC, **options))
+
+
+def inputs(n=N, m=M, grad=True, dtype=torch.float32):
+    return torch.randn(B, n, D, dtype=dtype, requires_grad=grad), torch.randn(B, m, DC, dtype=dtype, requires_grad=grad)
+
+
+def results(run, module, *wanted):
+    """The output of ``run()``, and its gradients in ``wanted`` and in every parameter."""
+    leaves = [*wanted, *module.parameters()]
+    for leaf in leaves:
+        leaf.grad = None
+    out = run()
+    (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype)).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_same(got, wanted, **tolerance):
+    assert len(got) == len(wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ the four ops
+def forward_arguments(
+    routing="gram", source="tokens", pool="none", *, m=M, dropout=0.0, slices=(), groups=1, bias_down=False,
+    activation="none", flat=False, dtype=torch.float32, residual=False,
+):  # fmt: skip
+    """The arguments of ``forward`` but ``save``: no gradients wanted, which is how opcheck takes the ops."""
+    width, out = R * max(len(slices) // 2, 1), D if residual else OUT
+    rows = sum(b - a for a, b in zip(slices[::2], slices[1::2], strict=True)) or out
+
+    def given(*shape, wanted=True):
+        return torch.randn(*shape, dtype=dtype) if wanted else None
+
+    projected = source == "tokens"
+    x, y = given(B * N, D) if flat else given(B, N, D), given(B * m, DC) if flat else given(B, m, DC)
+    C, b_C = given(width, DC, wanted=projected), given(width, wanted=projected and bias_down)
+    numbers = (ROUTES[routing].code, POOLS[pool], 1, groups)
+    condition = y if projected else None
+    if source == "state":
+        condition = OPS.encode(y, given(width, DC), None, None, *numbers, False)[0]
+    mask = torch.tensor([[True, False, True, True, False]] * B) if source == "in_sequence" else None
+    offsets = torch.tensor([0, 1, B * N]) if flat else None
+    condition_offsets = torch.tensor([0, 2, B * m]) if flat and projected else None
+    seed = torch.tensor([7]) if dropout else None
+    tensors = (
+        x, given(width, D), given(rows, R), condition, C, given(out, D), given(out),
+        given(width, wanted=bias_down), b_C, mask if mask is None or not flat else mask.flatten(), None, None,
+        offsets, condition_offsets, seed,
+    )  # fmt: skip
+    return *tensors, *(
+        B, numbers[0], SOURCES[source], *numbers[1:], list(slices), out, 0.5, dropout, dropout if projected else 0.0,
+        ACTIVATIONS[activation], residual,
+    )  # fmt: skip
+
+
+CASES = {
+    "none": {"routing": "none", "source": "none"},
+    "matrix": {},
+    "matrix, dropout": {"dropout": 0.3},
+    "matrix, flat": {"flat": True},
+    "matrix, bfloat16": {"dtype": torch.bfloat16},
+    "matrix, float64": {"dtype": torch.float64},
+    "gram_relu": {"routing": "gram_relu"},
+    "rank one, pooled": {"pool": "mean"},
+    "rank one, single token": {"m": 1, "dropout": 0.3},
+    "rank one, expand": {"routing": "expand", "pool": "first"},
+    "rank one, ones": {"routing": "ones"},
+    "rank one, slices": {"pool": "mean", "slices": (0, 8, 16, 24), "groups": 2, "dropout": 0.3},
+    "rank one, state": {"source": "state", "pool": "mean"},
+    "vector": {"routing": "add", "pool": "mean"},
+    "vector, no rank one": {"pool": "mean", "bias_down": True, "activation": "gelu", "residual": True},
+    "vector, cross_gram": {"routing": "cross_gram", "pool": "mean", "dropout": 0.3},
+    "tokens": {"routing": "mul", "m": N},
+    "tokens, state": {"routing": "mul", "source": "state", "m": N},
+    "matrix, state": {"source": "state"},
+    "matrix, slices": {"slices": (0, 8, 16, 24), "groups": 2},
+    "matrix, slices mixed": {"slices": (0, 8, 16, 24), "groups": 1, "dropout": 0.3},
+    "matrix, slices, state": {"source": "state", "slices": (0, 8, 16, 24), "groups": 2},
+    "in sequence": {"source": "in_sequence", "dropout": 0.3},
+    "in sequence, flat": {"source": "in_sequence", "flat": True},
+    "in sequence, pooled": {"routing": "mul", "source": "in_sequence", "pool": "mean"},
+}
+ONES = 0b111111111
+
+
+def backward_arguments(needs, save=2, **case):
+    arguments = forward_arguments(**case)
+    out, t, state, kept = OPS.forward(*arguments, save)
+    return needs, torch.randn_like(out), t, state, kept, *arguments
+
+
+def assert_fake_is_real(op, arguments):
+    """Shapes, strides and dtypes of all outputs, as the tracer is told them."""
+    real = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    for i, (a, b) in enumerate(zip(fake, real, strict=True)):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), f"output {i} of {op}"
+
+
+@pytest.mark.parametrize("name", [name for i, name in enumerate(CASES) if i % 2 == 0])
+def test_opcheck_forward_and_backward(name):
+    case = CASES[name]
+    torch.library.opcheck(OPS.forward.default, (*forward_arguments(**case), 2))
+    torch.library.opcheck(OPS.backward.default, backward_arguments(ONES, **case))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fake_outputs_are_the_real_ones(case):
+    for save in (0, 1, 2):
+        assert_fake_is_real(OPS.forward.default, (*forward_arguments(**case), save))
+    for needs in (ONES, 0, 0b000100110, 0b010101001):
+        assert_fake_is_real(OPS.backward.default, backward_arguments(needs, **case))
+
+
+@pytest.mark.parametrize(
+    "routing, pool, groups", [("gram", "none", 1), ("gram_relu", "none", 2), ("mul", "mean", 1), ("add", "none", 1)]
+)
+def test_opcheck_encode(routing, pool, groups):
+    y, C, b_C = torch.randn(B, M, DC), torch.randn(R, DC), torch.randn(R) if groups == 2 else None
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    arguments = (y, C, b_C, mask, ROUTES[routing].code, POOLS[pool], 1, groups)
+    for save in (False, True):
+        torch.library.opcheck(OPS.encode.default, (*arguments, save))
+    state, kept = OPS.encode(*arguments, True)
+    for needs in (0b111, 0b010, 0):
+        torch.library.opcheck(OPS.encode_backward.default, (needs, torch.randn_like(state), kept, *arguments))
+
+
+# ------------------------------------------------------------------------------------------------ no gradient is lost
+def calls_of_the_ops():
+    """A call of each op whose tensors all require grad."""
+    y, C = torch.randn(B, M, DC), torch.randn(R, DC)
+    encode = (y, C, None, None, ROUTES["gram"].code, 0, 1, 1)
+    state, kept = OPS.encode(*encode, True)
+    return {
+        "forward": (*forward_arguments(), 2),
+        "backward": backward_arguments(ONES),
+        "encode": (*encode, True),
+        "encode_backward": (0b111, state, kept, *encode),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in Generated")  # the tracer's pointer to the failing line
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["forward", "backward", "encode", "encode_backward"])
+def test_a_direct_call_has_no_gradient(name, compiled):
+    def required(a):
+        return a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+
+    arguments = [required(a) for a in calls_of_the_ops()[name]]
+
+    def call():
+        return getattr(OPS, name)(*arguments)[0]
+
+    with pytest.raises(Exception, match=NO_DERIVATIVE):  # under compile the tracer wraps it in an error of its own
+        (torch.compile(call, backend="aot_eager") if compiled else call)().sum().backward()
+
+
+def forms():
+    """Each public function with tensors that require grad."""
+    x, y = inputs()
+    A, W, C = (torch.randn(*shape, requires_grad=True) for shape in ((R, D), (OUT, D), (R, DC)))
+    up, wide, bias = (torch.randn(*shape, requires_grad=True) for shape in ((OUT, R), (D, R), (D,)))
+    return {
+        "lora": (lambda x, A, y, C: functional.routed_lora(x, A, y, up, C, routing="gram", scaling=1), (x, A, y, C)),
+        "linear": (
+            lambda x, A, y, C: functional.routed_linear(x, W, None, y, A, up, C, routing="mul", scaling=1), (x, A, y, C)
+        ),
+        "adapter": (
+            lambda x, A, y, C: functional.routed_adapter(x, y, A, None, wide, bias, C, routing="expand"), (x, A, y, C)
+        ),
+        "encode": (lambda y, C: functional.encode_condition(y, C, routing="gram").tensor, (y, C)),
+    }  # fmt: skip
+
+
+FORMS = pytest.mark.parametrize("form", ["lora", "linear", "adapter", "encode"])
+
+
+@FORMS
+def test_second_derivatives_raise(form):
+    call, leaves = forms()[form]
+    plain = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    first = torch.autograd.grad(call(*leaves).square().sum(), leaves, create_graph=True)
+    assert_same([g.detach() for g in first], plain)
+    for gradient in first:
+        with pytest.raises(RuntimeError, match=NO_DERIVATIVE):
+            torch.autograd.grad(gradient.sum(), leaves, retain_graph=True)
+    compiled = torch.compile(call, backend="aot_eager")
+    first = torch.autograd.grad(compiled(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{NO_DERIVATIVE}|does not currently support double backward"):
+        first[0].sum().backward()
+
+
+@FORMS
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_raises(form, grad):
+    """The bare op would drop the tangent and say nothing."""
+    call, leaves = forms()[form]
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(leaves[-1].detach(), torch.ones_like(leaves[-1]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            call(*leaves[:-1], dual)
+        call(*leaves)  # without a tangent there is nothing to refuse
+
+
+# ------------------------------------------------------------------------------------------------ transforms
+@FORMS
+def test_func_grad(form):
+    call, leaves = forms()[form]
+    wanted = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    values = [leaf.detach() for leaf in leaves]
+
+    def loss(*values):
+        return call(*values).square().sum()
+
+    assert_same(torch.func.grad(loss, argnums=tuple(range(len(values))))(*values), wanted)
+    with pytest.raises(RuntimeError, match=NO_DERIVATIVE):
+        torch.func.grad(lambda *v: torch.func.grad(loss)(*v).sum())(*values)
+
+
+@pytest.mark.parametrize("make", [lora, adapter])
+def test_functional_call(make):
+    layer, (x, y) = make(), inputs()
+    other = copy.deepcopy(layer)
+    nn.init.uniform_(other.lora_A if make is lora else other.down)
+    loss = results(lambda: other(x, y), other)
+    values = dict(other.named_parameters())
+    assert_same(results(lambda: torch.func.functional_call(layer, values, (x, y)), other), loss)
+    gradients = torch.func.grad(lambda v: torch.func.functional_call(layer, v, (x, y)).sum())(values)
+    assert_same(list(gradients.values()), torch.autograd.grad(other(x, y).sum(), list(values.values())))
+
+
+@FORMS
+def test_vmap_is_right_or_raises(form):
+    call, leaves = forms()[form]
+    stacked = [torch.stack([leaf.detach(), leaf.detach() * 2, -leaf.detach()]) for leaf in leaves]
+    with torch.no_grad():
+        wanted = torch.stack([call(*each) for each in zip(*stacked, strict=True)])
+        try:
+            torch.testing.assert_close(torch.func.vmap(call)(*stacked), wanted)
+        except RuntimeError as error:
+            assert "vmap" in str(error)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(torch.func.grad(lambda *v: call(*v).square().sum()))(*stacked)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("make, p", [(lora, {"lora_dropout": 0.4}), (adapter, {"dropout": 0.4})])
+def test_checkpoint_with_dropout(make, p, reentrant):
+    layer, (x, y) = make(**p), inputs()
+    torch.manual_seed(5)
+    wanted = results(lambda: layer(x, y), layer, x, y)
+    torch.manual_seed(5)
+    assert_same(results(lambda: checkpoint(layer, x, y, use_reentrant=reentrant), layer, x, y), wanted)
+
+
+# ------------------------------------------------------------------------------------------------ torch.compile
+@pytest.fixture
+def compiled():
+    """fullgraph, so that a graph break is an error; and the caches of other tests are out of the way."""
+    torch.compiler.reset()
+    yield lambda f, backend="aot_eager", **o: torch.compile(f, fullgraph=True, backend=backend, **o)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("make", [lora, adapter])
+@pytest.mark.parametrize("routing", NAMES)
+def test_compile(compiled, make, routing):
+    layer, (x, y) = make(routing), inputs()
+    backend = "inductor" if (make, routing) in ((lora, "gram"), (adapter, "expand")) else "aot_eager"
+    fast = compiled(layer, backend)
+    assert_same(results(lambda: fast(x, y), layer, x, y), results(lambda: layer(x, y), layer, x, y))
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert_same(results(lambda: fast(x, y, mask), layer, x), results(lambda: layer(x, y, mask), layer, x))
+    if make is lora and routing != "none":
+        layer = awaken(rp.RoutedLoRA(nn.Linear(D, OUT), r=R, routing=routing, condition_source="in_sequence"))
+        mask = x[..., 0] > 0
+        fast = compiled(lambda: layer(x, condition_mask=mask))
+        assert_same(results(fast, layer, x), results(lambda: layer(x, condition_mask=mask), layer, x))
+
+
+@pytest.mark.parametrize("make", [lora, adapter])
+def test_compile_reads_the_delivered_condition(compiled, make):
+    model = nn.Sequential(make("gram"), nn.Tanh())
+    fast = compiled(model)
+    x, first = inputs()
+    for y, stance in ((first, "default"), (first.detach().mul(2).requires_grad_(), "fail_on_recompile")):
+        with rp.condition(model, y):
+            wanted = results(lambda: model(x), model, x, y)  # noqa: B023  run at once
+            with torch.compiler.set_stance(stance):
+                assert_same(results(lambda: fast(x), model, x, y), wanted)  # noqa: B023
+
+
+@pytest.mark.parametrize("routing", ["gram", "mul"])
+def test_compile_takes_a_state(compiled, routing):
+    """Encoded outside or inside of the graph; and a state encoded after an optimiser step is no reason to recompile."""
+    layer, (x, y) = lora(routing), inputs()
+
+    def update(x, state):
+        return functional.routed_lora(x, layer.lora_A, state, layer.lora_B, routing=routing, scaling=1)
+
+    fast = compiled(update)
+    for stance in ("default", "fail_on_recompile", "fail_on_recompile"):
+        wanted = results(lambda: update(x, layer.encode_condition(y)), layer, x, y)
+        with torch.compiler.set_stance(stance):
+            assert_same(results(lambda: fast(x, layer.encode_condition(y)), layer, x, y), wanted)
+        with torch.no_grad():
+            layer.condition_A.mul_(0.5)
+    wanted = results(lambda: layer(x, y), layer, x, y)
+    whole = compiled(lambda: layer(x, layer.encode_condition(y)))
+    assert_same(results(whole, layer, x, y), wanted)
+    assert_same(results(lambda: compiled(layer)(x, layer.encode_condition(y)), layer, x, y), wanted)
+
+
+@pytest.mark.parametrize("make, p", [(lora, {"lora_dropout": 0.2}), (lora, {}), (adapter, {})])
+@pytest.mark.parametrize("mark", [False, True])
+def test_compile_with_dynamic_sizes(compiled, make, p, mark):
+    """New N and M need no new graph; only M = 1 has one of its own, where the state is a vector."""
+    layer = make(**p)
+    fast = compiled(layer, dynamic=None if mark else True)
+    for n, m in ((5, 3), (6, 4), (9, 2), (6, 1)):
+        x, y = inputs(n, m)
+        if mark:
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+            torch._dynamo.maybe_mark_dynamic(y, 1)
+        torch.manual_seed(3)
+        wanted = results(lambda: layer(x, y), layer, x, y)  # noqa: B023
+        torch.manual_seed(3)
+        with torch.compiler.set_stance("default" if m in (1, M) else "fail_on_recompile"):
+            assert_same(results(lambda: fast(x, y), layer, x, y), wanted)  # noqa: B023
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_dropout_under_compile(compiled, backend):
+    layer = awaken(rp.RoutedAdapter(64, R, routing="mul", activation="none", residual=False, bias=False, dropout=0.5))
+    x, y = torch.randn(B, N, 64, requires_grad=True), torch.randn(B, M, 64)
+    fast = layer if backend == "eager" else compiled(layer, backend)
+
+    def run(seed):
+        if seed is not None:
+            torch.manual_seed(seed)
+        x.grad = None
+        out = fast(x, y)
+        out.sum().backward()
+        # linear in x: only with the forward's mask does the gradient give the value back (Euler)
+        torch.testing.assert_close((x.grad * x).sum(), out.sum())
+        dropped = (x.grad == 0).float().mean()
+        assert 0.35 < dropped < 0.65
+        return out.detach(), x.grad
+
+    first, second, again = run(1), run(None), run(1)
+    assert_same(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[1] == 0, second[1] == 0)
+    layer.eval()
+    assert bool((torch.autograd.grad(fast(x, y).sum(), x)[0] != 0).all())
+
+
+@pytest.mark.parametrize("seed", [3, -(2**62)])
+def test_the_seed_fixes_dropout_in_every_mode(compiled, seed):
+    x, A, up, y, C, *_ = linear_leaves()
+    options = {"routing": "gram", "scaling": 1.0, "dropout_p": 0.5, "seed": torch.tensor([seed])}
+    wanted = functional.routed_lora(x, A, y, up, C, **options)
+    trained = functional.routed_lora(x, A.requires_grad_(), y, up, C, **options)
+    assert_same([trained, compiled(functional.routed_lora)(x, A, y, up, C, **options)], [wanted, wanted])
+    assert not torch.allclose(wanted, functional.routed_lora(x, A, y, up, C, **{**options, "dropout_p": 0.0}))
+
+
+# ------------------------------------------------------------------------------------------------ torch.export
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = lora()
+
+    def forward(self, x, condition):
+        return self.layer(x, condition).tanh()
+
+
+def test_export_honours_a_new_condition():
+    model, (x, y) = Model(), inputs(grad=False)
+    tokens = {"x": {1: torch.export.Dim("N", min=2)}, "condition": {1: torch.export.Dim("M", min=2)}}
+    for shapes, (n, m) in ((None, (N, M)), (tokens, (9, 7))):
+        program = torch.export.export(model, (x, y), dynamic_shapes=shapes, strict=shapes is None).module()
+        new = inputs(n, m, grad=False)
+        torch.testing.assert_close(program(*new), model(*new))
+
+
+def test_export_takes_a_state():
+    """Also one from parameters that have changed since: the identity of parameters is no part of the signature."""
+    model, (x, y) = Model(), inputs(grad=False)
+    program = torch.export.export(model, (x, model.layer.encode_condition(y))).module()
+    with torch.no_grad():
+        model.layer.condition_A.mul_(2)
+    state = model.layer.encode_condition(torch.randn(B, M, DC))
+    torch.testing.assert_close(program(x, state), model(x, state))
+
+
+# ------------------------------------------------------------------------------------------------ dtypes
+@pytest.mark.parametrize("make", [lora, adapter])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast(make, low):
+    layer, (x, y) = make(), inputs()
+    wanted = results(lambda: layer(x, y), layer, x, y)
+    with torch.autocast("cpu", dtype=low):
+        got = results(lambda: layer(x, y), layer, x, y)
+        state = layer.encode_condition(y)
+        assert layer(x, state).dtype == low
+    assert got[0].dtype == low and state.tensor.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in got[1:])  # x, y and the parameters are
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_base_dtype(dtype):
+    torch.manual_seed(1)
+    layer, (x, y) = lora(dtype=dtype), inputs(dtype=dtype)
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for p in (layer.lora_A, layer.lora_B, layer.condition_A)} == {parameter}
+    got = results(lambda: layer(x, y), layer, x, y)
+    assert layer.encode_condition(y).tensor.dtype == parameter
+    for tensor, like in zip(got, [x, x, y, *layer.parameters()], strict=True):
+        assert tensor.dtype == like.dtype
+    wide = copy.deepcopy(layer).double()
+    x64, y64 = (t.detach().double().requires_grad_() for t in (x, y))
+    for a, b in zip(got, results(lambda: wide(x64, y64), wide, x64, y64), strict=True):
+        assert (a - b).norm() <= (1e-12 if dtype == torch.float64 else 0.05) * b.norm()
+
+
+# ------------------------------------------------------------------------------------------------ gradients, memory
+class Backwards(TorchDispatchMode):
+    """Records what the backward op was asked for and how many elements each answer has."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is OPS.backward.default:
+            self.needs, self.sizes = args[0], [t.numel() for t in out]
+        return out
+
+
+def saved_by(call):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call()
+    return saved
+
+
+def linear_leaves(dtype=torch.float32):
+    """x, A, B, y, C, W, bias."""
+    shapes = ((B, N, D), (R, D), (OUT, R), (B, M, DC), (R, DC), (OUT, D), (OUT,))
+    return [torch.randn(*shape, dtype=dtype) for shape in shapes]
+
+
+ALL = list(itertools.product([False, True], repeat=7))
+
+
+@pytest.mark.parametrize(
+    "routing, dropout, subsets", [("gram", 0.0, ALL), *((name, 0.3, ALL[1::9]) for name in NAMES if name != "none")]
+)
+def test_only_wanted_gradients_are_computed(routing, dropout, subsets):
+    values = linear_leaves(torch.float64)  # a subset may be computed in another order
+    options = {"routing": routing, "scaling": 0.5, "dropout_p": dropout, "seed": torch.tensor([11])}
+
+    def gradients(wanted):
+        x, A, up, y, C, W, bias = (v.clone().requires_grad_(want) for v, want in zip(values, wanted, strict=True))
+        leaves = [t for t in (x, A, up, y, C, W, bias) if t.requires_grad]
+        out = functional.routed_linear(x, W, bias, y, A, up, C, **options)
+        assert out.requires_grad == any(wanted)
+        return iter(torch.autograd.grad(out.square().sum(), leaves) if leaves else ())
+
+    full = list(gradients([True] * 7))
+    for wanted in subsets:
+        with Backwards() as seen:
+            got = gradients(wanted)
+        for i, want in enumerate(wanted):
+            if want:
+                torch.testing.assert_close(next(got), full[i], msg=lambda m, w=wanted, i=i: f"input {i} of {w}: {m}")
+        if any(wanted):
+            assert seen.needs == sum(1 << i for i, want in enumerate(wanted) if want)
+            assert seen.sizes == [v.numel() * want for v, want in zip(values, wanted, strict=True)] + [0, 0]
+
+
+@pytest.mark.parametrize(
+    "routing, frozen, kept",
+    [  # what is saved apart from the arguments: T, the state or what re-encoding needs, the seed
+        ("gram", False, [(B * N, R), (0,), (B * M, R)]),
+        ("gram", True, [(B * N, R), (B, R, R), (0,)]),
+        ("mul", False, [(B * N, R), (B, R), (B, DC)]),
+        ("mul", True, [(B * N, R), (B, R), (0,)]),
+        ("expand", False, [(B * N, 1), (B, R), (B, DC)]),
+        ("none", False, [(B * N, R), (0,), (0,)]),
+    ],
+)
+def test_what_a_layer_saves(routing, frozen, kept):
+    """No dropped copy of x, no mask, no Z and no update: T, and what the condition's gradient needs."""
+    x, A, up, y, C, W, bias = linear_leaves()
+    for t in (x, A, up, W, bias, *(() if frozen else (y, C))):
+        t.requires_grad_()
+    used = [x, A, up, W, bias] if routing == "none" else [x, A, up, W, bias, y, C]
+    options = {"routing": routing, "scaling": 1.0, "dropout_p": 0.3}
+    saved = saved_by(
+        lambda: functional.routed_linear(x, W, bias, y, A, up, None if routing == "none" else C, **options)
+    )
+    given = {t.data_ptr() for t in used}
+    assert Counter(t.data_ptr() for t in saved if t.data_ptr() in given) == Counter(given)  # by reference, once each
+    own = [t for t in saved if t.data_ptr() not in given]
+    assert sorted(tuple(t.shape) for t in own) == sorted([*kept, (1,)])
+    assert {t.dtype for t in own if t.shape == (1,)} == {torch.int64}
+
+
+def test_a_state_is_saved_by_reference():
+    x, A, up, y, C, *_ = (t.requires_grad_() for t in linear_leaves())
+    state = functional.encode_condition(y, C, routing="gram")
+    saved = saved_by(lambda: functional.routed_lora(x, A, state, up, C, routing="gram", scaling=1.0))
+    given = {t.data_ptr() for t in (x, A, up, state.tensor)}
+    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in given) == [(0,), (0,), (B * N, R)]
+
+
+# ------------------------------------------------------------------------------------------------ ConditionState
+def test_the_state_is_a_pytree():
+    layer, (x, y) = lora(), inputs()
+    state = layer.encode_condition(y)
+    leaves, spec = pytree.tree_flatten(state)
+    assert len(leaves) == 1 and leaves[0] is state.tensor
+    back = pytree.tree_unflatten(leaves, spec)
+    assert (back.routing, back.versions) == (state.routing, state.versions) and back.tensor is state.tensor
+    (path, leaf), = pytree.tree_flatten_with_path({"c": state})[0]  # fmt: skip
+    assert pytree.keystr(path) == "['c'].tensor" and leaf is state.tensor
+    with torch.no_grad():
+        layer.condition_A.add_(1)
+    with pytest.raises(rp.StaleStateError):  # a way through a pytree does not make a state fresh
+        layer(x, pytree.tree_map(lambda t: t.clone(), state))
+    later, other = layer.encode_condition(y), lora("mul").encode_condition(y)
+    assert pytree.tree_structure(later) == spec and pytree.tree_structure(other) != spec
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+
+
+def test_the_state_moves_and_copies():
+    layer, (x, y) = lora(), inputs(grad=False)
+    with torch.no_grad():
+        state = layer.encode_condition(y)
+        wanted = layer(x, y)
+        rows = torch.tensor([1, 0, 1])
+        torch.testing.assert_close(layer(x[rows], state.index_select(rows)), wanted[rows])
+        wide = state.to(torch.float64)
+        assert wide.tensor.dtype == torch.float64 and wide.versions == state.versions
+        torch.testing.assert_close(layer(x, wide), wanted)
+        copied = copy.deepcopy(state)
+        assert copied.tensor.data_ptr() != state.tensor.data_ptr()
+        torch.testing.assert_close(layer(x, copied), wanted)
+        layer.lora_B.mul_(2)  # no part of the state
+        torch.testing.assert_close(layer(x, state) - layer.base_layer(x), 2 * (wanted - layer.base_layer(x)))
+        layer.condition_A.mul_(2)
+    for old in (state, copied, wide, state.index_select(rows)):
+        with pytest.raises(rp.StaleStateError):
+            layer(x if old.tensor.shape[0] == B else x[rows], old)
+
+
+@pytest.mark.parametrize("make", [lora, adapter])
+@pytest.mark.parametrize("routing", [name for name in NAMES if name != "none"])
+def test_gradients_flow_through_the_state(make, routing):
+    layer, (x, y) = make(routing), inputs()
+    wanted = results(lambda: layer(x, y), layer, x, y)
+    assert_same(results(lambda: layer(x, layer.encode_condition(y)), layer, x, y), wanted)
+
+    def twice():  # two uses of one state: its gradients add up
+        state = layer.encode_condition(y)
+        return layer(x, state) + layer(x, state.index_select(torch.arange(B)))
+
+    assert_same(results(twice, layer, x, y), results(lambda: layer(x, y) * 2, layer, x, y))
