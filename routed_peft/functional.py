@@ -20,6 +20,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
+from .checks import (
+    as_tokens,
+    check_condition,
+    check_cu_seqlens,
+    check_device,
+    check_elementwise,
+    check_mask,
+    check_routing,
+    check_seed,
+    check_vectors,
+    output_layout,
+    sample_layout,
+)
 from .errors import ConditionShapeError, MissingConditionError
 from .reference import Options
 from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, one_of, resolve_pool
@@ -220,18 +233,18 @@ def encode_condition(
     Raises:
         ConditionShapeError: sizes, dtypes or devices do not fit.
     """
-    _check_routing(routing, scale, backend)
+    check_routing(routing, scale, backend)
     if routing == "none":
         raise ValueError(f"{name}: routing 'none' has no condition to encode")
     pool = resolve_pool(routing, pool)
-    y = _check_condition(name, y, C, None, shared=False)
+    y = check_condition(name, y, C, None, shared=False)
     y = y.to(compute_dtype(y)).contiguous()
-    mask = _check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
+    mask = check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
     where = ops.resolve_backend(backend, routing, C.shape[0] // groups, y)
     if where == "reference":
         options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
         with _no_autocast(y.device):
-            state = reference.encode_condition(_tokens(y), C, b_C, mask, None, None, options)
+            state = reference.encode_condition(as_tokens(y), C, b_C, mask, None, None, options)
     else:
         numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
         if _differentiated(y, C, b_C):
@@ -292,7 +305,7 @@ def apply(
     backend: str = "auto",
 ) -> Tensor:
     """What the three public forms share: check the arguments, then run the backend. ``name`` opens every error text."""
-    _check_routing(routing, scale, backend)
+    check_routing(routing, scale, backend)
     one_of("activation", activation, ACTIVATIONS)
     condition_p = dropout_p if condition_dropout_p is None else condition_dropout_p
     for argument, p in (("dropout_p", dropout_p), ("condition_dropout_p", condition_p)):
@@ -300,10 +313,13 @@ def apply(
             raise ValueError(f"{name}: {argument} must lie in [0, 1], got {p}")
     if not x.is_floating_point():
         raise ConditionShapeError(f"{name}: the input must be floating point, got {x.dtype}")
+    slices, groups, out_features = output_layout(name, A, B, W, out_slices, route_across_slices, out_features)
     if x.dim() < 2 or x.shape[-1] != A.shape[1]:
         raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
+    check_vectors(name, bias=(bias, out_features), b_down=(b_down, A.shape[0]), b_C=(b_C, A.shape[0]))
+    check_seed(name, seed, x)
     x = x.to(compute_dtype(x)).contiguous()
-    slices, groups, out_features = _output(name, A, B, W, out_slices, route_across_slices, out_features)
+    W = None if W is None else W.to(x.dtype)
     if residual and out_features != x.shape[-1]:
         raise ConditionShapeError(
             f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}"
@@ -320,7 +336,7 @@ def apply(
                 f"{name}: the ConditionState is for routing {state_or_y.routing!r}, not {routing!r}"
             )
         state_or_y.check_fresh(name, *((A, b_down) if C is None else (C, b_C)))
-        _check_device(name, condition, x)
+        check_device(name, condition, x)
         condition = condition.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     elif state_or_y is None:
         source, condition = "in_sequence", None
@@ -336,19 +352,19 @@ def apply(
             raise ConditionShapeError(f"{name}: an in-sequence condition takes no condition_index")
     else:
         source = "tokens"
-        condition = _check_condition(name, state_or_y, A if C is None else C, condition_cu_seqlens, shared=C is None)
-        _check_device(name, condition, x)
+        condition = check_condition(name, state_or_y, A if C is None else C, condition_cu_seqlens, shared=C is None)
+        check_device(name, condition, x)
         condition = condition.to(x.dtype).contiguous()
 
     if source != "tokens":
         C = b_C = None  # nothing is projected
-    samples, index = _samples(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
+    samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
     if cu_seqlens is not None:
-        cu_seqlens = _check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
+        cu_seqlens = check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
         if input_mask is not None:
             raise ConditionShapeError(f"{name}: input_mask goes with padded batches; a flat input has no padding")
     if condition_cu_seqlens is not None and condition is not None:
-        condition_cu_seqlens = _check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
+        condition_cu_seqlens = check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
     rows = x.numel() // max(x.shape[-1], 1)
     by_sample = (rows,) if cu_seqlens is not None else (samples, rows // samples if samples else 0)
     if source == "tokens" and condition is not None:
@@ -358,14 +374,14 @@ def apply(
                 f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
             )
         shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
-        mask = _check_mask(name, "condition mask", mask, shape, "condition")
+        mask = check_mask(name, "condition mask", mask, shape, "condition")
     elif source == "in_sequence":
-        mask = _check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
+        mask = check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
     elif mask is not None and source == "state":
         raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
-    input_mask = _check_mask(name, "input mask", input_mask, by_sample, "input") if routing == "cross_gram" else None
+    input_mask = check_mask(name, "input mask", input_mask, by_sample, "input") if routing == "cross_gram" else None
     pool = resolve_pool(routing, pool)
-    _check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
+    check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
 
     if source == "none" or source == "state":
         condition_p = 0.0
@@ -398,7 +414,7 @@ def apply(
 def _run_reference(tensors: tuple[Any, ...], options: Options) -> Tensor:
     x, condition, condition_cu_seqlens = tensors[0], tensors[3], tensors[13]
     if options.source == "tokens" and condition_cu_seqlens is None:
-        condition = _tokens(condition)
+        condition = as_tokens(condition)
     arguments: list[Any] = [*tensors[:3], condition, *tensors[4:], options]
     with _no_autocast(x.device):
         return reference.forward(*arguments)
@@ -498,197 +514,3 @@ def _bits(needs: Sequence[bool]) -> int:
 def _needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """The ops return an empty tensor for a gradient nobody asked for; autograd wants None."""
     return [g if need else None for g, need in zip(gradients, needs, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------ checks
-def _check_routing(routing: str, scale: str, backend: str) -> None:
-    one_of("routing", routing, ROUTES)
-    one_of("condition_scale", scale, SCALES)
-    one_of("backend", backend, ("auto", "cpu", "cuda", "reference"))
-
-
-def _tokens(y: Tensor) -> Tensor:
-    """[B, d_c] -> [B, 1, d_c]."""
-    return y[:, None] if y.dim() == 2 else y
-
-
-def _check_device(name: str, condition: Tensor, x: Tensor) -> None:
-    if condition.device != x.device:
-        raise ConditionShapeError(f"{name}: condition is on {condition.device}, the layer input on {x.device}")
-
-
-def _check_condition(name: str, y: Tensor, C: Tensor, cu_seqlens: Tensor | None, shared: bool) -> Tensor:
-    if not y.is_floating_point():
-        raise ConditionShapeError(f"{name}: condition must be floating point, got {y.dtype}")
-    wanted = f"[rows, {C.shape[1]}]" if cu_seqlens is not None else f"[batch, tokens, {C.shape[1]}]"
-    if y.dim() not in ((2,) if cu_seqlens is not None else (2, 3)) or y.shape[-1] != C.shape[1]:
-        why = "; condition_features=None shares lora_A, so the condition needs in_features columns" if shared else ""
-        raise ConditionShapeError(f"{name}: condition must be {wanted}, got {tuple(y.shape)}{why}")
-    return y
-
-
-def _check_mask(name: str, what: str, mask: Tensor | None, shape: tuple[int, ...], of: str) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.is_floating_point() or mask.is_complex():
-        raise ConditionShapeError(f"{name}: {what} must be bool or 0/1 integers, got {mask.dtype}")
-    if tuple(mask.shape) != tuple(shape):
-        raise ConditionShapeError(f"{name}: {what} {tuple(mask.shape)} does not match {of} {tuple(shape)}")
-    return mask.to(torch.bool).contiguous()
-
-
-def _check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> Tensor:
-    if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
-        raise ConditionShapeError(
-            f"{name}: {what} must be int32 or int64 [batch + 1], got {cu.dtype} {tuple(cu.shape)}"
-        )
-    if not torch.compiler.is_compiling() and cu.device.type == "cpu":
-        bounds = cu.tolist()
-        if (
-            bounds[0] != 0
-            or bounds[-1] != flat.shape[0]
-            or any(b < a for a, b in zip(bounds, bounds[1:], strict=False))
-        ):
-            raise ConditionShapeError(f"{name}: {what} must rise from 0 to the {flat.shape[0]} rows, got {bounds}")
-    return cu.to(torch.int64).contiguous()
-
-
-def _output(
-    name: str,
-    A: Tensor,
-    B: Tensor,
-    W: Tensor | None,
-    out_slices: Sequence[tuple[int, int]] | None,
-    across: bool,
-    out_features: int | None,
-) -> tuple[tuple[int, ...], int, int]:
-    """The slices flattened, the number of independent groups and o, all checked against A, B and W."""
-    pairs = [tuple(pair) for pair in out_slices] if out_slices else []
-    width = B.shape[1] * max(len(pairs), 1)
-    if A.shape[0] != width:
-        raise ConditionShapeError(f"{name}: A has {A.shape[0]} rows, but B {tuple(B.shape)} needs {width}")
-    selected = sum(stop - start for start, stop in pairs) if pairs else B.shape[0]
-    if B.shape[0] != selected:
-        raise ConditionShapeError(f"{name}: B has {B.shape[0]} rows, but out_slices select {selected}")
-    least = max([stop for _, stop in pairs]) if pairs else selected  # max(default=) breaks the graph under compile
-    total = W.shape[0] if W is not None else out_features if out_features is not None else least
-    if W is not None and W.shape[1] != A.shape[1]:
-        raise ConditionShapeError(f"{name}: W {tuple(W.shape)} does not match A {tuple(A.shape)}")
-    if total < least or (not pairs and total != selected):
-        raise ConditionShapeError(f"{name}: the output has {total} columns, but B and out_slices need {least}")
-    before = 0
-    for start, stop in sorted(pairs):
-        if not before <= start < stop:
-            raise ConditionShapeError(f"{name}: out_slices must be non-empty and apart, got {pairs}")
-        before = stop
-    return tuple(bound for pair in pairs for bound in pair), 1 if across or not pairs else len(pairs), total
-
-
-def _samples(
-    name: str,
-    x: Tensor,
-    condition: Tensor | None,
-    source: str,
-    mask: Tensor | None,
-    index: Tensor | None,
-    cu_seqlens: Tensor | None,
-    condition_cu_seqlens: Tensor | None,
-) -> tuple[int, Tensor | None]:
-    """How many samples x holds, and which condition each of them uses (None: its own)."""
-    given = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0] if x.dim() > 2 else None
-    if cu_seqlens is not None and x.dim() != 2:
-        raise ConditionShapeError(f"{name}: cu_seqlens needs a flat input [rows, {x.shape[-1]}], got {tuple(x.shape)}")
-    if source == "none":
-        return (given if given is not None else 1), None
-    if source == "in_sequence":
-        assert mask is not None
-        samples = given if given is not None else mask.shape[0]
-        if x.dim() == 2 and cu_seqlens is None and (samples == 0 or x.shape[0] % samples):
-            raise ConditionShapeError(f"{name}: {x.shape[0]} input rows cannot be split over mask batch {samples}")
-        return samples, None
-    assert condition is not None
-    conditions = condition_cu_seqlens.shape[0] - 1 if condition_cu_seqlens is not None else condition.shape[0]
-    if index is not None:
-        if index.dim() != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise ConditionShapeError(
-                f"{name}: condition_index must be integers [batch], got {index.dtype} {tuple(index.shape)}"
-            )
-        _check_device(name, condition, x)
-        if index.device != x.device:
-            raise ConditionShapeError(f"{name}: condition_index is on {index.device}, the layer input on {x.device}")
-        samples = given if given is not None else index.shape[0]
-        if index.shape[0] != samples:
-            raise ConditionShapeError(
-                f"{name}: input batch {samples} does not match condition_index {tuple(index.shape)}"
-            )
-        if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
-            low, high = (int(t) for t in index.aminmax())
-            if low < 0 or high >= conditions:
-                raise ConditionShapeError(
-                    f"{name}: condition_index {low if low < 0 else high} is out of range for {conditions} conditions"
-                )
-        index = index.to(torch.int64).contiguous()
-    else:
-        samples = given if given is not None else conditions
-        if samples != conditions:
-            # beams: k rows in a row for each condition, as generate() lays them out
-            if torch.is_grad_enabled() or conditions == 0 or samples % conditions:
-                raise ConditionShapeError(f"{name}: input batch {samples} does not match condition batch {conditions}")
-            index = torch.arange(conditions, device=x.device).repeat_interleave(samples // conditions)
-    if x.dim() == 2 and cu_seqlens is None and (x.shape[0] % samples if samples else x.shape[0]):
-        raise ConditionShapeError(f"{name}: {x.shape[0]} input rows cannot be split over condition batch {samples}")
-    return samples, index
-
-
-def _check_elementwise(
-    name: str,
-    routing: str,
-    source: str,
-    pool: str,
-    condition: Tensor | None,
-    x: Tensor,
-    samples: int,
-    cu_seqlens: Tensor | None,
-    condition_cu_seqlens: Tensor | None,
-    width: int,
-) -> None:
-    """A state must have the route's shape, and an unpooled elementwise route one condition token per input token."""
-    if source == "none":
-        return
-    elementwise = ROUTES[routing].state == "tokens"
-    if source == "state":
-        assert condition is not None
-        good = condition.shape[1] == width if condition.dim() == 2 else condition.dim() == 3 and (
-            condition.shape[2] == width if elementwise else condition.shape[1] == width
-        )  # fmt: skip
-        if not good or (condition.dim() == 3 and ROUTES[routing].state == "vector"):
-            raise ConditionShapeError(
-                f"{name}: a ConditionState of shape {tuple(condition.shape)} does not fit routing {routing!r} "
-                f"at width {width}"
-            )
-        if not elementwise or condition.dim() == 2:
-            return
-    elif not elementwise or pool != "none" or source == "in_sequence":
-        return
-    assert condition is not None
-    if (cu_seqlens is None) != (condition_cu_seqlens is None):
-        raise ConditionShapeError(
-            f"{name}: condition_pool='none' under routing {routing!r} pairs tokens, so input and condition must "
-            "both be flat or both be padded"
-        )
-    if cu_seqlens is not None and condition_cu_seqlens is not None:
-        if cu_seqlens.shape != condition_cu_seqlens.shape or not (
-            torch.compiler.is_compiling() or torch.equal(cu_seqlens, condition_cu_seqlens)
-        ):
-            raise ConditionShapeError(
-                f"{name}: condition_pool='none' under routing {routing!r} needs equal cu_seqlens for input and "
-                "condition"
-            )
-        return
-    tokens = condition.shape[1] if condition.dim() == 3 else 1
-    n = x.numel() // max(x.shape[-1] * samples, 1)
-    if tokens not in (1, n):
-        raise ConditionShapeError(
-            f"{name}: condition_pool='none' under routing {routing!r} needs 1 condition token or as many as the input "
-            f"has ({n}), got {tokens}"
-        )

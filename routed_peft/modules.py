@@ -76,7 +76,8 @@ class RoutedLayer(nn.Module):
     def _own(self, given: Delivered) -> Delivered:
         """``given``, unless it holds a state of another layer, which may well have the right shape."""
         y = given.condition
-        if isinstance(y, ConditionState) and y.versions and not torch.compiler.is_compiling():
+        # Under compile not even looked at: the tracer would guard on every version counter.
+        if isinstance(y, ConditionState) and not torch.compiler.is_compiling() and y.versions:
             own = {id(p) for p in self.parameters(recurse=False)}
             if not any(key in own for key, _ in y.versions):
                 raise StaleStateError(
@@ -268,7 +269,8 @@ class RoutedLoRA(RoutedLayer):
         c = self.condition_A
         if may_read_weight(self.base_layer, x):
             w = self.weight if type(self.base_layer) is nn.Linear else self.weight.t()
-            return functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
+            out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
+            return out if given is not None else self._touch(out, c)
         base: Tensor = self.base_layer(x)
         update = functional.apply(
             self.label, x, self.lora_A, y, self.lora_B, c, out_features=self.out_features, **options
@@ -276,8 +278,10 @@ class RoutedLoRA(RoutedLayer):
         # The update is a tensor of our own making, so it is the one to write into; the base layer's output may be
         # something its own backward, a hook or a cache still reads.
         if type(base) is Tensor and base.dtype == update.dtype and base.shape == update.shape:
-            return update.add_(base)
-        return base + update.to(base.dtype).reshape(base.shape)
+            out = update.add_(base)
+        else:
+            out = base + update.to(base.dtype).reshape(base.shape)
+        return out if given is not None else self._touch(out, c)
 
     def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
         """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
@@ -451,12 +455,13 @@ class RoutedAdapter(RoutedLayer):
         routing = self.routing if given is not None else "none"
         y, mask, index, valid = given if given is not None else Delivered(None, None, None, None)
         assert self.down is not None and self.up is not None
-        return functional.apply(
+        out = functional.apply(
             self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
             b_C=self.condition_bias, routing=routing, scaling=1.0, activation=self.activation, residual=self.residual,
             mask=mask, index=index, input_mask=valid, pool=self.condition_pool, scale=self.condition_scale,
             dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
         )  # fmt: skip
+        return out if given is not None else self._touch(out, self.condition_down, self.condition_bias)
 
     def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
         """Encode a condition y [B, M, d_c] or [B, d_c] once, for many calls of this layer."""

@@ -274,6 +274,13 @@ NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor 
   if (kept.dim() == 2) io.kept = matrix_of("kept", kept, -1, -1);
   const bool encodes = p.source == Source::kTokens || p.source == Source::kInSequence;
   if (encodes && state.numel() > 0) p.state = state.data_ptr();
+  constexpr int64_t kDx = 1, kDa = 2, kDy = 8, kDc = 16, kDbDown = 128, kDbC = 256;
+  const bool uses_kept = p.kind == StateKind::kVector || (p.kind == StateKind::kMatrix && p.source == Source::kTokens);
+  const int64_t into_condition = p.source == Source::kInSequence ? kDx | kDa | kDbDown
+                                 : p.shared                      ? kDy | kDa | kDbDown
+                                                                 : kDy | kDc | kDbC;
+  STD_TORCH_CHECK(!encodes || !uses_kept || (needs & into_condition) == 0 || kept.dim() == 2,
+                  "the forward saved nothing for a gradient of the condition; call it with save=2");
 
   Gradient dx = gradient(needs, 0, x, x, true), da = gradient(needs, 1, A, x, false),
            db = gradient(needs, 2, B, x, false);

@@ -7,7 +7,8 @@
 
 namespace routed_peft::test {
 
-[[noreturn, gnu::format(printf, 4, 5)]] inline void fail(const char* file, int line, const char* condition, const char* format, ...) {
+[[noreturn, gnu::format(printf, 4, 5)]] inline void fail(const char* file, int line, const char* condition,
+                                                         const char* format, ...) {
   std::fprintf(stderr, "%s:%d: %s: ", file, line, condition);
   va_list arguments;
   va_start(arguments, format);
@@ -19,4 +20,5 @@ namespace routed_peft::test {
 
 }  // namespace routed_peft::test
 
-#define CHECK(condition, ...) ((condition) ? void() : ::routed_peft::test::fail(__FILE__, __LINE__, #condition, __VA_ARGS__))
+#define CHECK(condition, ...) \
+  ((condition) ? void() : ::routed_peft::test::fail(__FILE__, __LINE__, #condition, __VA_ARGS__))

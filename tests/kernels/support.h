@@ -127,7 +127,8 @@ class Tensor {
     if (layout == Layout::kTransposed) matrix_.row_stride = 1, matrix_.col_stride = rows;
     if (layout == Layout::kPadded) matrix_.row_stride = cols + 3;
     if (layout == Layout::kStrided) matrix_.row_stride = 2 * cols + 1, matrix_.col_stride = 2;
-    const int64_t last = rows > 0 && cols > 0 ? (rows - 1) * matrix_.row_stride + (cols - 1) * matrix_.col_stride + 1 : 0;
+    const int64_t last =
+        rows > 0 && cols > 0 ? (rows - 1) * matrix_.row_stride + (cols - 1) * matrix_.col_stride + 1 : 0;
     bytes_.assign(static_cast<size_t>(std::max<int64_t>(1, last * element_size(dtype))), kGap);
     matrix_.data = bytes_.data();
     poison();
@@ -141,7 +142,9 @@ class Tensor {
   const Matrix& matrix() const { return matrix_; }
   void* data() const { return matrix_.data; }
   const std::vector<unsigned char>& bytes() const { return bytes_; }
-  void poison() { fill([](int64_t, int64_t) { return kNan; }); }
+  void poison() {
+    fill([](int64_t, int64_t) { return kNan; });
+  }
   template <class F>
   void fill(F&& value) {
     for (int64_t i = 0; i < matrix_.rows; ++i) {
@@ -180,7 +183,9 @@ class SplitHost : public cpu::Host {
   bool library_gemm(const Matrix&, const Matrix&, const Matrix&, double, bool) const override { return false; }
 
  protected:
-  virtual void start(const std::function<void(int64_t, int64_t)>& body, int64_t begin, int64_t end) const { body(begin, end); }
+  virtual void start(const std::function<void(int64_t, int64_t)>& body, int64_t begin, int64_t end) const {
+    body(begin, end);
+  }
   virtual void finish() const {}
 
  private:

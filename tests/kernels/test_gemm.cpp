@@ -1,5 +1,4 @@
 #include "cpu/gemm.h"
-
 #include "cpu/isa.h"
 #include "kernels/device/philox.cuh"
 #include "kernels/plan.h"
@@ -57,13 +56,16 @@ struct Factor {
 Factor factor(Random& random, Dtype dtype, int64_t rows, int64_t cols) {
   Factor f;
   f.transposed = random.coin();
-  f.tensor = Tensor(dtype, f.transposed ? cols : rows, f.transposed ? rows : cols, static_cast<Layout>(random.below(4)));
-  if (random.below(3) == 0) f.dropout = {random.bits(), kThresholds[random.below(3)], static_cast<uint32_t>(random.below(2))};
+  f.tensor =
+      Tensor(dtype, f.transposed ? cols : rows, f.transposed ? rows : cols, static_cast<Layout>(random.below(4)));
+  if (random.below(3) == 0)
+    f.dropout = {random.bits(), kThresholds[random.below(3)], static_cast<uint32_t>(random.below(2))};
   if (random.below(3) == 0) {
     f.valid.resize(static_cast<size_t>(f.tensor.matrix().rows) + 1);
     for (char& v : f.valid) v = random.coin();
   }
-  f.tensor.fill([&](int64_t row, int64_t) { return f.valid.empty() || f.valid[size_t(row)] ? random.uniform() : kNan; });
+  f.tensor.fill(
+      [&](int64_t row, int64_t) { return f.valid.empty() || f.valid[size_t(row)] ? random.uniform() : kNan; });
   return f;
 }
 
@@ -117,8 +119,8 @@ void product(Random& random, int64_t m, int64_t n, int64_t k) {
         sum += term, size += std::abs(term);
       }
       const double allowed = double(k + 8) * unit * size + epsilon(out_dtype) * std::abs(sum) + tiny(out_dtype);
-      CHECK(std::abs(get(out, i, j) - sum) <= allowed, "(%d, %d) of %d %d %d is %g, not %g", int(i), int(j), int(m), int(n), int(k),
-            get(out, i, j), sum);
+      CHECK(std::abs(get(out, i, j) - sum) <= allowed, "(%d, %d) of %d %d %d is %g, not %g", int(i), int(j), int(m),
+            int(n), int(k), get(out, i, j), sum);
     }
   }
   for (const int64_t h : {int64_t{1}, 2 + random.below(2)}) {
@@ -160,7 +162,8 @@ void library() {
   for (int options = 0; options < 8; ++options) {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16}) {
       const int64_t m = 130, n = 70, k = 120;
-      Tensor a(dtype, m, k, Layout::kPadded), b(dtype, k, n, Layout::kTransposed), bias(dtype, 1, n), residual(dtype, m, n);
+      Tensor a(dtype, m, k, Layout::kPadded), b(dtype, k, n, Layout::kTransposed), bias(dtype, 1, n),
+          residual(dtype, m, n);
       for (Tensor* t : {&a, &b, &bias, &residual}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
       Epilogue e;
       e.alpha = 0.5;
@@ -172,15 +175,18 @@ void library() {
       theirs.fill([&](int64_t i, int64_t j) { return get(ours, i, j); });
       const LibraryHost with;
       const bool wide = dtype == Dtype::kFloat64;
-      wide ? cpu::gemm<double>(host(0), ours, a.matrix(), b.matrix(), e) : cpu::gemm<float>(host(0), ours, a.matrix(), b.matrix(), e);
-      wide ? cpu::gemm<double>(with, theirs, a.matrix(), b.matrix(), e) : cpu::gemm<float>(with, theirs, a.matrix(), b.matrix(), e);
+      wide ? cpu::gemm<double>(host(0), ours, a.matrix(), b.matrix(), e)
+           : cpu::gemm<float>(host(0), ours, a.matrix(), b.matrix(), e);
+      wide ? cpu::gemm<double>(with, theirs, a.matrix(), b.matrix(), e)
+           : cpu::gemm<float>(with, theirs, a.matrix(), b.matrix(), e);
       const bool expected = dtype != Dtype::kBFloat16 && !(e.accumulate && (e.bias || e.residual));
       CHECK(with.calls == (expected ? 1 : 0), "options %d: %d calls", options, int(with.calls));
       CHECK(theirs.gaps_intact(), "options %d", options);
       for (int64_t i = 0; i < m; ++i) {
         for (int64_t j = 0; j < n; ++j) {
           const double difference = std::abs(get(ours, i, j) - get(theirs, i, j));
-          CHECK(difference <= 64 * epsilon(dtype), "options %d: (%d, %d) differs by %g", options, int(i), int(j), difference);
+          CHECK(difference <= 64 * epsilon(dtype), "options %d: (%d, %d) differs by %g", options, int(i), int(j),
+                difference);
         }
       }
     }
@@ -198,7 +204,8 @@ void rows_and_columns() {
       Tensor in(in_dtype, m, n, layout()), bias(in_dtype, 1, n, layout()), out(out_dtype, m, n, layout());
       for (Tensor* t : {&in, &bias}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
       const bool has_bias = random.coin(), has_residual = random.coin();
-      cpu::fill_rows<Acc>(host(random.below(4)), out, has_bias ? bias.matrix() : Matrix{}, has_residual ? in.matrix() : Matrix{});
+      cpu::fill_rows<Acc>(host(random.below(4)), out, has_bias ? bias.matrix() : Matrix{},
+                          has_residual ? in.matrix() : Matrix{});
       CHECK(out.gaps_intact(), "fill_rows %d %d", int(m), int(n));
       for (int64_t i = 0; i < m; ++i) {
         for (int64_t j = 0; j < n; ++j) {
@@ -218,7 +225,8 @@ void rows_and_columns() {
       for (int64_t h = 0; h < 4; ++h) {
         Tensor sums(out_dtype, 1, n, sum_layout);
         if (accumulate) sums.fill([](int64_t, int64_t j) { return double(j % 3); });
-        cpu::column_sums<Acc>(host(h), sums, in, accumulate, masked ? reinterpret_cast<const bool*>(valid.data()) : nullptr);
+        cpu::column_sums<Acc>(host(h), sums, in, accumulate,
+                              masked ? reinterpret_cast<const bool*>(valid.data()) : nullptr);
         CHECK(sums.gaps_intact(), "column_sums %d %d", int(m), int(n));
         if (h == 0) first = sums.bytes();
         CHECK(sums.bytes() == first, "threads changed a bit of column_sums, %d %d", int(m), int(n));
@@ -227,7 +235,8 @@ void rows_and_columns() {
           for (int64_t i = 0; i < m; ++i) {
             if (valid[size_t(i)]) expected += get(in, i, j), size += std::abs(get(in, i, j));
           }
-          const double allowed = epsilon(out_dtype) * std::abs(expected) + 80 * size * (unit - epsilon(out_dtype)) + tiny(out_dtype);
+          const double allowed =
+              epsilon(out_dtype) * std::abs(expected) + 80 * size * (unit - epsilon(out_dtype)) + tiny(out_dtype);
           CHECK(std::abs(get(sums, 0, j) - expected) <= allowed, "column_sums %d of %d %d", int(j), int(m), int(n));
         }
       }
@@ -237,7 +246,9 @@ void rows_and_columns() {
 
 // --- conversions
 
-bool same(double a, double b) { return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b)); }
+bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
 
 template <class Acc>
 void half_round_trips() {
@@ -249,7 +260,8 @@ void half_round_trips() {
     cpu::isa<Acc>().store(values.data(), 65536, dtype, back.data());
     for (size_t i = 0; i < 65536; ++i) {
       CHECK(same(double(values[i]), half_value(dtype, all[i])), "%04zx is read as %g", i, double(values[i]));
-      CHECK(std::isnan(values[i]) ? std::isnan(half_value(dtype, back[i])) : back[i] == all[i], "%04zx comes back as %04x", i, back[i]);
+      CHECK(std::isnan(values[i]) ? std::isnan(half_value(dtype, back[i])) : back[i] == all[i],
+            "%04zx comes back as %04x", i, back[i]);
     }
     // tails of every length, from every alignment
     for (int64_t n = 0; n < 70; ++n) {
@@ -280,14 +292,16 @@ void rounding() {
     std::vector<float> values;
     // each number, the middle between it and the next, and the neighbours of both
     for (uint32_t bits = 0; bits < 65535; ++bits) {
-      const double here = half_value(dtype, static_cast<uint16_t>(bits)), next = half_value(dtype, static_cast<uint16_t>(bits + 1));
+      const double here = half_value(dtype, static_cast<uint16_t>(bits)),
+                   next = half_value(dtype, static_cast<uint16_t>(bits + 1));
       for (const double center : {here, (here + next) / 2}) {
         const float value = static_cast<float>(center);
         values.insert(values.end(), {value, std::nextafter(value, -INFINITY), std::nextafter(value, INFINITY)});
       }
     }
-    for (const float value : {65504.0f, 65519.996f, 65520.0f, 65536.0f, 1e30f, 3.38e38f, 3.3961e38f, 3.4028235e38f, INFINITY, NAN,
-                              0.0f, 1e-45f, 1.1754942e-38f, 5.9604645e-8f, 2.9802322e-8f, 2.9802326e-8f, 6.1035156e-5f}) {
+    for (const float value :
+         {65504.0f, 65519.996f, 65520.0f, 65536.0f, 1e30f, 3.38e38f, 3.3961e38f, 3.4028235e38f, INFINITY, NAN, 0.0f,
+          1e-45f, 1.1754942e-38f, 5.9604645e-8f, 2.9802322e-8f, 2.9802326e-8f, 6.1035156e-5f}) {
       values.insert(values.end(), {value, -value});
     }
     for (int i = 0; i < 100000; ++i) {  // any float, NaNs and subnormals among them
@@ -327,7 +341,8 @@ void dot_and_axpy() {
     const double unit = epsilon(sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
     double expected = 0;
     for (size_t i = 0; i < a.size(); ++i) expected += double(a[i]) * double(b[i]);
-    CHECK(std::abs(double(cpu::isa<Acc>().dot(a.data(), b.data(), n)) - expected) <= double(n) * 4 * unit, "dot of %d", int(n));
+    CHECK(std::abs(double(cpu::isa<Acc>().dot(a.data(), b.data(), n)) - expected) <= double(n) * 4 * unit, "dot of %d",
+          int(n));
     sum = b;
     cpu::isa<Acc>().axpy(n, Acc(0.75), a.data(), sum.data());
     for (size_t i = 0; i < a.size(); ++i) {

@@ -36,7 +36,8 @@ void slot_map() {
     std::set<std::tuple<uint32_t, uint32_t, uint32_t>> owners;
     for (int64_t in_block = 0; in_block < 64; ++in_block) {
       const DropoutSlot s = dropout_slot(64 * block + in_block);
-      CHECK(s.counter2 / 4 == block && s.half < 2 && s.halfword < 8, "column %d of block %lld", int(in_block), (long long)block);
+      CHECK(s.counter2 / 4 == block && s.half < 2 && s.halfword < 8, "column %d of block %lld", int(in_block),
+            (long long)block);
       owners.insert({s.counter2, s.half, s.halfword});
     }
     CHECK(owners.size() == 64, "block %lld has %zu owners", (long long)block, owners.size());
@@ -45,11 +46,12 @@ void slot_map() {
   for (int q = 0; q < 4; ++q) {
     for (int slot = 0; slot < 16; ++slot) {
       const int a_columns[] = {2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9};
-      const int a_column = 16 * (slot / 4) + a_columns[slot % 4];   // A: four k16 blocks of four elements
-      const int c_column = 8 * (slot / 2) + 2 * q + slot % 2;       // C: eight n8 tiles of two elements
+      const int a_column = 16 * (slot / 4) + a_columns[slot % 4];  // A: four k16 blocks of four elements
+      const int c_column = 8 * (slot / 2) + 2 * q + slot % 2;      // C: eight n8 tiles of two elements
       for (const int column : {a_column, c_column}) {
         const DropoutSlot s = dropout_slot(column);
-        CHECK(s.counter2 == uint32_t(q) && 8 * s.half + s.halfword == uint32_t(slot), "column %d, thread %d", column, q);
+        CHECK(s.counter2 == uint32_t(q) && 8 * s.half + s.halfword == uint32_t(slot), "column %d, thread %d", column,
+              q);
       }
     }
   }
@@ -73,7 +75,8 @@ void drop_is_the_map() {
         for (int64_t i = 0; i < length; ++i) {
           const bool keeps = dropout_keeps(dropout.seed, dropout.stream, dropout.threshold, row, column + i);
           const Acc expected = keeps ? before[size_t(i)] * static_cast<Acc>(dropout.scale()) : Acc{0};
-          CHECK(run[size_t(i)] == expected, "row %lld, column %lld + %lld", (long long)row, (long long)column, (long long)i);
+          CHECK(run[size_t(i)] == expected, "row %lld, column %lld + %lld", (long long)row, (long long)column,
+                (long long)i);
         }
       }
     }
@@ -93,7 +96,8 @@ void extremes() {
   CHECK(run == before, "p = 0 changed something");
 }
 
-std::vector<bool> mask(uint64_t seed, uint32_t stream, uint32_t threshold, int64_t first_row, int64_t rows, int64_t cols) {
+std::vector<bool> mask(uint64_t seed, uint32_t stream, uint32_t threshold, int64_t first_row, int64_t rows,
+                       int64_t cols) {
   std::vector<bool> keeps;
   std::vector<float> run(static_cast<size_t>(cols));
   for (int64_t row = first_row; row < first_row + rows; ++row) {
@@ -117,7 +121,9 @@ void keep_rate() {
       of_row[i / kCols] += keeps[i];
       total += keeps[i];
     }
-    const auto sigmas = [keep](double count, double n) { return std::abs(count - n * keep) / std::sqrt(n * keep * (1 - keep)); };
+    const auto sigmas = [keep](double count, double n) {
+      return std::abs(count - n * keep) / std::sqrt(n * keep * (1 - keep));
+    };
     CHECK(sigmas(total, kRows * kCols) < 4, "p = %g: kept %g", p, total / (kRows * kCols));
     for (const double count : of_column) CHECK(sigmas(count, kRows) < 5, "p = %g: a column kept %g", p, count / kRows);
     for (const double count : of_row) CHECK(sigmas(count, kCols) < 6, "p = %g: a row kept %g", p, count / kCols);
@@ -136,10 +142,12 @@ void uncorrelated() {
   };
   CHECK(correlation(mask(11, 1, kHalf, 0, kRows, kCols), 0) < 4.5, "streams");
   CHECK(correlation(mask(12, 0, kHalf, 0, kRows, kCols), 0) < 4.5, "seeds that differ in a low bit");
-  CHECK(correlation(mask(11 + (uint64_t{1} << 32), 0, kHalf, 0, kRows, kCols), 0) < 4.5, "seeds that differ in a high bit");
+  CHECK(correlation(mask(11 + (uint64_t{1} << 32), 0, kHalf, 0, kRows, kCols), 0) < 4.5,
+        "seeds that differ in a high bit");
   CHECK(correlation(mask(11, 0, kHalf, kRows, kRows, kCols), 0) < 4.5, "far rows");
   CHECK(correlation(mask(11, 0, kHalf, int64_t{1} << 32, kRows, kCols), 0) < 4.5, "rows that differ in the high word");
-  for (const size_t shift : {1, 2, 8, 16, 32, 64, 128}) CHECK(correlation(base, shift) < 4.5, "columns %zu apart", shift);
+  for (const size_t shift : {1, 2, 8, 16, 32, 64, 128})
+    CHECK(correlation(base, shift) < 4.5, "columns %zu apart", shift);
   for (const size_t rows : {1, 2, 16}) CHECK(correlation(base, rows * kCols) < 4.5, "rows %zu apart", rows);
 }
 

@@ -57,14 +57,18 @@ void bytes_and_sharing() {
       shared = own;
       shared.conditions = 1;
       grouped.groups = 3;
-      if (plan::gram_forward(own) == GramOrder::kMatrix) CHECK(plan::gram_forward(shared) == GramOrder::kMatrix, "w %g", w);
-      if (plan::gram_backward(own) == GramOrder::kMatrix) CHECK(plan::gram_backward(shared) == GramOrder::kMatrix, "w %g", w);
+      if (plan::gram_forward(own) == GramOrder::kMatrix)
+        CHECK(plan::gram_forward(shared) == GramOrder::kMatrix, "w %g", w);
+      if (plan::gram_backward(own) == GramOrder::kMatrix)
+        CHECK(plan::gram_backward(shared) == GramOrder::kMatrix, "w %g", w);
       CHECK(plan::gram_forward(grouped) == plan::gram_forward(own), "groups change nothing for a given width, w %g", w);
-      CHECK(plan::gram_backward(grouped) == plan::gram_backward(own), "groups change nothing for a given width, w %g", w);
+      CHECK(plan::gram_backward(grouped) == plan::gram_backward(own), "groups change nothing for a given width, w %g",
+            w);
     }
   }
   const plan::GramShape empty{0, 0, 0, 0, 8, 1, 4};
-  CHECK(plan::gram_forward(empty) == GramOrder::kMatrix && plan::gram_backward(empty) == GramOrder::kMatrix, "nothing to do");
+  CHECK(plan::gram_forward(empty) == GramOrder::kMatrix && plan::gram_backward(empty) == GramOrder::kMatrix,
+        "nothing to do");
 }
 
 void state_kinds() {
@@ -73,8 +77,8 @@ void state_kinds() {
     Routing routing;
     StateKind unpooled;  // with pool none and more than one token
   };
-  constexpr Row kRows[] = {{Routing::kNone, kNone},   {Routing::kAdd, kTokens},       {Routing::kMul, kTokens},
-                           {Routing::kExpand, kTokens}, {Routing::kGram, kMatrix},    {Routing::kGramRelu, kMatrix},
+  constexpr Row kRows[] = {{Routing::kNone, kNone},        {Routing::kAdd, kTokens},  {Routing::kMul, kTokens},
+                           {Routing::kExpand, kTokens},    {Routing::kGram, kMatrix}, {Routing::kGramRelu, kMatrix},
                            {Routing::kCrossGram, kTokens}, {Routing::kOnes, kVector}};
   for (const Row& row : kRows) {
     const StateKind pooled = row.routing == Routing::kNone ? kNone : kVector;
@@ -94,7 +98,8 @@ void rank_one_table() {
       for (int activation = 0; activation < 5; ++activation) {
         for (const bool bias : {false, true}) {
           const bool expected = family && kind == static_cast<int>(StateKind::kVector) && activation == 0 && !bias;
-          CHECK(plan::rank_one(routing, static_cast<StateKind>(kind), static_cast<Activation>(activation), bias) == expected,
+          CHECK(plan::rank_one(routing, static_cast<StateKind>(kind), static_cast<Activation>(activation), bias) ==
+                    expected,
                 "routing %d, kind %d, activation %d, bias %d", int(routing), kind, activation, bias);
         }
       }
@@ -114,7 +119,8 @@ void splits() {
       const int64_t n = plan::reduction_splits(conditions, segments);
       CHECK(n >= 1 && n <= 16, "%d conditions, %d segments: %d", int(conditions), int(segments), int(n));
       CHECK(n == 1 || n * conditions <= 16, "%d conditions, %d segments: %d", int(conditions), int(segments), int(n));
-      CHECK(n == 1 || 2 * n * conditions <= segments, "less than two segments a part: %d, %d", int(conditions), int(segments));
+      CHECK(n == 1 || 2 * n * conditions <= segments, "less than two segments a part: %d, %d", int(conditions),
+            int(segments));
       CHECK(n >= before, "fewer parts for more segments: %d, %d", int(conditions), int(segments));
       before = n;
     }
@@ -133,7 +139,8 @@ void library() {
   for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
     CHECK(!plan::library_gemm(dtype, 4096, 4096, 4096), "half precision stays here");
   }
-  CHECK(plan::library_base_gemm(1, 1, 1) && !plan::library_base_gemm(0, 1, 1) && !plan::library_base_gemm(1, 1, 0), "base");
+  CHECK(plan::library_base_gemm(1, 1, 1) && !plan::library_base_gemm(0, 1, 1) && !plan::library_base_gemm(1, 1, 0),
+        "base");
 }
 
 void parameters() {
