@@ -24,7 +24,7 @@ def demo():
 
 
 def test_it_learns_and_writes_its_results(demo, tmp_path, capsys):
-    options = "--routes none gram --seeds 1 --steps 120 --batch 16 --vision-steps 300 --threads 1"
+    options = "--routes none gram --seeds 1 --steps 100 --batch 16 --vision-steps 300 --threads 1"
     results = demo.main([*options.split(), "--out", str(tmp_path)])
 
     assert results["vision_accuracy"] > 0.8
