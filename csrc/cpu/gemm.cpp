@@ -166,20 +166,67 @@ void gemm_serial(const Matrix& out, const Operand& a, const Operand& b, const Ep
   }
 }
 
+// The factor in `dtype`, copied into `storage` unless it already is.
+template <class Acc>
+Matrix converted(const Host& host, const Matrix& m, Dtype dtype, Array<char>& storage) {
+  if (m.dtype == dtype) return m;
+  const bool turned = m.row_stride < m.col_stride;
+  const Matrix from = turned ? m.transposed() : m;
+  storage = Array<char>(from.rows * from.cols * element_size(dtype));
+  const Matrix copy = dense(storage.get(), dtype, from.rows, from.cols);
+  parallel(host, from.rows, double(from.rows * from.cols), [&](int64_t begin, int64_t end) {
+    thread_local Scratch<Acc> scratch;
+    Acc* line = scratch.get(from.cols);
+    for (int64_t row = begin; row < end; ++row) {
+      load_row(from, row, 0, from.cols, line);
+      store_row(line, copy, row, 0, from.cols);
+    }
+  });
+  return turned ? copy.transposed() : copy;
+}
+
+// The product by the library, if it is one for it; in bfloat16 if any part of it is, as eager would round it. What has
+// to be converted is a weight or rank-wide, never a tensor of the input's size.
+template <class Acc>
+bool library_product(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
+  const bool plain = a.dropout.threshold == 0 && b.dropout.threshold == 0 && e.mask.threshold == 0 &&
+                     a.valid == nullptr && b.valid == nullptr;
+  const bool bias = e.bias || e.residual;
+  const Dtype types[] = {out.dtype, a.matrix.dtype, b.matrix.dtype};
+  const bool half = std::find(types, types + 3, Dtype::kBFloat16) != types + 3;
+  const Dtype dtype = half ? Dtype::kBFloat16 : out.dtype;
+  const bool equal = std::count(types, types + 3, dtype) == 3;
+  if (!plain || (bias && e.accumulate) || (!half && !equal) || (half && sizeof(Acc) == 8) ||
+      !plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols)) {
+    return false;
+  }
+  Array<char> a_storage, b_storage;
+  const Matrix left = converted<Acc>(host, a.matrix, dtype, a_storage);
+  const Matrix right = converted<Acc>(host, b.matrix, dtype, b_storage);
+  if (out.dtype == dtype) {
+    if (bias) fill_rows<Acc>(host, out, e.bias, e.residual);
+    return host.library_gemm(out, left, right, e.alpha, bias || e.accumulate);
+  }
+  Array<char> storage(out.rows * out.cols * element_size(dtype));
+  const Matrix rounded = dense(storage.get(), dtype, out.rows, out.cols);
+  if (!host.library_gemm(rounded, left, right, e.alpha, false)) return false;
+  Epilogue rest = e;
+  rest.alpha = 1;
+  parallel(host, out.rows, double(out.rows * out.cols), [&](int64_t begin, int64_t end) {
+    thread_local Scratch<Acc> scratch;
+    Acc* line = scratch.get(out.cols);
+    for (int64_t row = begin; row < end; ++row) {
+      load_row(rounded, row, 0, out.cols, line);
+      finish(out, row, 0, 1, out.cols, line, out.cols, rest);
+    }
+  });
+  return true;
+}
+
 template <class Acc>
 void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
   const int64_t m = out.rows, n = out.cols, k = a.matrix.cols;
-  if (m == 0 || n == 0) return;
-  const bool plain = a.dropout.threshold == 0 && b.dropout.threshold == 0 && epilogue.mask.threshold == 0 &&
-                     a.valid == nullptr && b.valid == nullptr && a.matrix.dtype == out.dtype &&
-                     b.matrix.dtype == out.dtype;
-  if (plain && plan::library_gemm(out.dtype, m, n, k)) {
-    const bool start = epilogue.bias || epilogue.residual;
-    if (!(start && epilogue.accumulate)) {
-      if (start) fill_rows<Acc>(host, out, epilogue.bias, epilogue.residual);
-      if (host.library_gemm(out, a.matrix, b.matrix, epilogue.alpha, start || epilogue.accumulate)) return;
-    }
-  }
+  if (m == 0 || n == 0 || library_product<Acc>(host, out, a, b, epilogue)) return;
   const Blocking grid = blocking(m, n);
   const Isa<Acc>& set = isa<Acc>();
   Array<Acc> laid;

@@ -92,10 +92,12 @@ Isa<Acc> choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || allowed("avx512"))) return avx512::Loops<Acc>::table("avx512");
-  if (has_avx2 && (any || allowed("avx2") || allowed("avx512"))) return avx2::Loops<Acc>::table("avx2");
+  if (has_avx512 && (any || allowed("avx512"))) {
+    return avx512::Loops<Acc>::table("avx512", {true, bool(__builtin_cpu_supports("avx512bf16"))});
+  }
+  if (has_avx2 && (any || allowed("avx2") || allowed("avx512"))) return avx2::Loops<Acc>::table("avx2", {true, false});
 #endif
-  return baseline::Loops<Acc>::table("baseline");
+  return baseline::Loops<Acc>::table("baseline", {});
 }
 
 }  // namespace

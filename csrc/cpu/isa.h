@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "kernels/params.h"
+#include "kernels/plan.h"
 
 namespace routed_peft::cpu {
 
@@ -12,6 +12,7 @@ namespace routed_peft::cpu {
 template <class Acc>
 struct Isa {
   const char* name;
+  plan::Processor processor;
   int64_t mr, nr;  // the block that `micro` computes
 
   // c [mr, nr] (leading dimension ldc) += Σ_k a(i, k) panel[k, :]; a by strides, panel [depth, nr] contiguous, aligned.

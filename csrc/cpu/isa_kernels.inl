@@ -131,7 +131,7 @@ struct Loops {
     for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
   }
 
-  static constexpr Isa<Acc> table(const char* name) {
-    return {name, kRows, kColumns, micro, load, store, drop, dot, axpy};
+  static constexpr Isa<Acc> table(const char* name, plan::Processor processor) {
+    return {name, processor, kRows, kColumns, micro, load, store, drop, dot, axpy};
   }
 };

@@ -65,16 +65,19 @@ constexpr GramOrder gram_backward(const GramShape& s) {
   return cheaper(gram_backward_cost(s, GramOrder::kMatrix), gram_backward_cost(s, GramOrder::kTokens));
 }
 
-// Whether a product [m, k] × [k, n] of equal dtypes goes to torch's library. Its blocking wins once there is enough to
-// block; below that the call costs more than it saves. Half precision stays here: the library has no float16 product
-// worth the name on a CPU, and would round T and Z once more.
-constexpr bool library_gemm(Dtype dtype, int64_t m, int64_t n, int64_t k) {
-  const bool native = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64;
-  return native && std::min({m, n, k}) >= 8 && double(m) * double(n) * double(k) >= 1e6;
-}
+// What the processor offers to a product.
+struct Processor {
+  bool wide_vectors = false;     // AVX2 or more: ours are as fast as the library's on rank-wide shapes, or faster
+  bool native_bfloat16 = false;  // products of bfloat16 pairs, which the library uses and we do not
+};
 
-// The base layer's products are the library's whatever their dtype.
-constexpr bool library_base_gemm(int64_t m, int64_t n, int64_t k) { return m > 0 && n > 0 && k > 0; }
+// Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
+// for the call. float16 stays here: the library has no product of it worth the name on a CPU.
+constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k) {
+  if (std::min({m, n, k}) < 8 || double(m) * double(n) * double(k) < 4e6) return false;
+  if (dtype == Dtype::kBFloat16) return processor.native_bfloat16;
+  return dtype != Dtype::kFloat16 && !processor.wide_vectors;
+}
 
 // Rows of a piece of work that never spans two samples.
 constexpr int64_t kSegmentRows = 128;

@@ -128,19 +128,26 @@ void splits() {
 }
 
 void library() {
+  constexpr plan::Processor kNarrow{false, false}, kWide{true, false}, kHalf{true, true};
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64}) {
-    CHECK(plan::library_gemm(dtype, 4096, 64, 768), "a large product");
-    CHECK(plan::library_gemm(dtype, 100, 100, 100) && !plan::library_gemm(dtype, 100, 100, 99), "the limit");
-    CHECK(!plan::library_gemm(dtype, 1 << 20, 7, 768) && plan::library_gemm(dtype, 1 << 20, 8, 768), "thin");
-    CHECK(!plan::library_gemm(dtype, 7, 768, 1 << 20) && !plan::library_gemm(dtype, 768, 1 << 20, 7), "thin");
-    CHECK(!plan::library_gemm(dtype, 0, 64, 64) && !plan::library_gemm(dtype, 64, 64, 0), "empty");
-    CHECK(plan::library_gemm(dtype, 1 << 24, 1 << 24, 1 << 24), "more than 2^63 products");
+    CHECK(!plan::library_gemm(dtype, kWide, 4096, 4096, 4096), "ours with wide vectors");
+    CHECK(!plan::library_gemm(dtype, kHalf, 4096, 4096, 4096), "ours with wide vectors");
   }
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    CHECK(!plan::library_gemm(dtype, 4096, 4096, 4096), "half precision stays here");
+  CHECK(!plan::library_gemm(Dtype::kBFloat16, kNarrow, 4096, 4096, 4096), "the library would emulate it");
+  CHECK(!plan::library_gemm(Dtype::kBFloat16, kWide, 4096, 4096, 4096), "the library would emulate it");
+  for (const plan::Processor processor : {kNarrow, kWide, kHalf}) {
+    CHECK(!plan::library_gemm(Dtype::kFloat16, processor, 4096, 4096, 4096), "float16 stays here");
   }
-  CHECK(plan::library_base_gemm(1, 1, 1) && !plan::library_base_gemm(0, 1, 1) && !plan::library_base_gemm(1, 1, 0),
-        "base");
+  for (const auto& [dtype, processor] :
+       {std::pair{Dtype::kFloat32, kNarrow}, {Dtype::kFloat64, kNarrow}, {Dtype::kBFloat16, kHalf}}) {
+    const auto goes = [&](int64_t m, int64_t n, int64_t k) { return plan::library_gemm(dtype, processor, m, n, k); };
+    CHECK(goes(4096, 64, 768), "a large product");
+    CHECK(goes(200, 200, 100) && !goes(200, 200, 99), "the limit");
+    CHECK(!goes(1 << 20, 7, 768) && goes(1 << 20, 8, 768), "thin");
+    CHECK(!goes(7, 768, 1 << 20) && !goes(768, 1 << 20, 7), "thin");
+    CHECK(!goes(0, 64, 64) && !goes(64, 64, 0), "empty");
+    CHECK(goes(1 << 24, 1 << 24, 1 << 24), "more than 2^63 products");
+  }
 }
 
 void parameters() {
