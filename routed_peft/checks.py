@@ -23,10 +23,11 @@ def as_tokens(y: Tensor) -> Tensor:
     return y[:, None] if y.dim() == 2 else y
 
 
-def check_device(name: str, condition: Tensor, x: Tensor) -> None:
-    """The condition lies where the input does."""
-    if condition.device != x.device:
-        raise ConditionShapeError(f"{name}: condition is on {condition.device}, the layer input on {x.device}")
+def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Tensor | None) -> None:
+    """Every one of the named tensors lies where x does; ``what`` is what x is called."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ConditionShapeError(f"{name}: {argument} is on {tensor.device}, the {what} on {x.device}")
 
 
 def check_vectors(name: str, **wanted: tuple[Tensor | None, int]) -> None:
@@ -94,8 +95,8 @@ def output_layout(
 ) -> tuple[tuple[int, ...], int, int]:
     """The slices flattened, the number of independent groups and o, all checked against A, B and W."""
     for what, matrix in (("A", A), ("B", B), ("W", W)):
-        if matrix is not None and matrix.dim() != 2:
-            raise ConditionShapeError(f"{name}: {what} must be a matrix, got {tuple(matrix.shape)}")
+        if matrix is not None and (matrix.dim() != 2 or matrix.shape[1] == 0):
+            raise ConditionShapeError(f"{name}: {what} must be a matrix with columns, got {tuple(matrix.shape)}")
     pairs = [tuple(pair) for pair in out_slices] if out_slices else []
     width = B.shape[1] * max(len(pairs), 1)
     if A.shape[0] != width:
@@ -146,9 +147,6 @@ def sample_layout(
             raise ConditionShapeError(
                 f"{name}: condition_index must be integers [batch], got {index.dtype} {tuple(index.shape)}"
             )
-        check_device(name, condition, x)
-        if index.device != x.device:
-            raise ConditionShapeError(f"{name}: condition_index is on {index.device}, the layer input on {x.device}")
         samples = given if given is not None else index.shape[0]
         if index.shape[0] != samples:
             raise ConditionShapeError(
@@ -204,6 +202,8 @@ def check_elementwise(
     elif not elementwise or pool != "none" or source == "in_sequence":
         return
     assert condition is not None
+    if condition_cu_seqlens is None and source == "tokens" and (condition.dim() == 2 or condition.shape[1] == 1):
+        return
     if (cu_seqlens is None) != (condition_cu_seqlens is None):
         raise ConditionShapeError(
             f"{name}: condition_pool='none' under routing {routing!r} pairs tokens, so input and condition must "

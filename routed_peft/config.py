@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from .errors import AdapterFileError
+from .errors import AdapterFileError, UnsupportedError
 from .modules import MISSING
 from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
 
@@ -72,6 +72,11 @@ class RoutedConfig:
         resolve_pool(self.routing, self.condition_pool)
         one_of("condition_scale", self.condition_scale, SCALES)
         one_of("missing", self.missing, MISSING)
+        if self.init in ("pissa", "olora", "orthogonal", "eva"):
+            raise UnsupportedError(
+                f"init={self.init!r} takes the first update out of the base weight, which is right only if the update is "
+                "s·B·A·x; a routed update depends on the condition as well"
+            )
         one_of("init", self.init, ("kaiming", "gaussian"))
         for pattern, r in _patterns("rank_pattern", self.rank_pattern).items():
             _positive(f"rank_pattern[{pattern!r}]", r)

@@ -11,6 +11,7 @@ Source: Qu et al., ECCV 2024 (arXiv 2403.09377); shared forms and gradients as i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,7 +25,7 @@ from .checks import (
     as_tokens,
     check_condition,
     check_cu_seqlens,
-    check_device,
+    check_devices,
     check_elementwise,
     check_mask,
     check_routing,
@@ -238,12 +239,14 @@ def encode_condition(
         raise ValueError(f"{name}: routing 'none' has no condition to encode")
     pool = resolve_pool(routing, pool)
     y = check_condition(name, y, C, None, shared=False)
+    check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)
+    check_vectors(name, b_C=(b_C, C.shape[0]))
     y = y.to(compute_dtype(y)).contiguous()
     mask = check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
     where = ops.resolve_backend(backend, routing, C.shape[0] // groups, y)
     if where == "reference":
         options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
-        with _no_autocast(y.device):
+        with no_autocast(y.device):
             state = reference.encode_condition(as_tokens(y), C, b_C, mask, None, None, options)
     else:
         numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
@@ -262,7 +265,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off on ``device``; the meta device has none, and asking for it there is an error."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -318,6 +321,9 @@ def apply(
         raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
     check_vectors(name, bias=(bias, out_features), b_down=(b_down, A.shape[0]), b_C=(b_C, A.shape[0]))
     check_seed(name, seed, x)
+    check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, condition_mask=mask,
+                  condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
+                  condition_cu_seqlens=condition_cu_seqlens)  # fmt: skip
     x = x.to(compute_dtype(x)).contiguous()
     W = None if W is None else W.to(x.dtype)
     if residual and out_features != x.shape[-1]:
@@ -336,7 +342,9 @@ def apply(
                 f"{name}: the ConditionState is for routing {state_or_y.routing!r}, not {routing!r}"
             )
         state_or_y.check_fresh(name, *((A, b_down) if C is None else (C, b_C)))
-        check_device(name, condition, x)
+        if condition_cu_seqlens is not None:
+            raise ConditionShapeError(f"{name}: condition_cu_seqlens goes with a flat condition, not a ConditionState")
+        check_devices(name, x, condition=condition)
         condition = condition.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     elif state_or_y is None:
         source, condition = "in_sequence", None
@@ -353,20 +361,26 @@ def apply(
     else:
         source = "tokens"
         condition = check_condition(name, state_or_y, A if C is None else C, condition_cu_seqlens, shared=C is None)
-        check_device(name, condition, x)
+        if C is None and b_C is not None:
+            raise ConditionShapeError(f"{name}: b_C goes with a C; a shared projection shares b_down")
+        check_devices(name, x, condition=condition)
         condition = condition.to(x.dtype).contiguous()
 
     if source != "tokens":
         C = b_C = None  # nothing is projected
-    samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
     if cu_seqlens is not None:
         cu_seqlens = check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
         if input_mask is not None:
             raise ConditionShapeError(f"{name}: input_mask goes with padded batches; a flat input has no padding")
     if condition_cu_seqlens is not None and condition is not None:
         condition_cu_seqlens = check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
-    rows = x.numel() // max(x.shape[-1], 1)
-    by_sample = (rows,) if cu_seqlens is not None else (samples, rows // samples if samples else 0)
+    samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
+    if cu_seqlens is not None:
+        by_sample: tuple[int, ...] = (x.shape[0],)
+    elif x.dim() > 2:
+        by_sample = (samples, math.prod(x.shape[1:-1]))
+    else:
+        by_sample = (samples, x.shape[0] // samples if samples else 0)
     if source == "tokens" and condition is not None:
         flat = condition_cu_seqlens is not None
         if flat and mask is not None:
@@ -416,7 +430,7 @@ def _run_reference(tensors: tuple[Any, ...], options: Options) -> Tensor:
     if options.source == "tokens" and condition_cu_seqlens is None:
         condition = as_tokens(condition)
     arguments: list[Any] = [*tensors[:3], condition, *tensors[4:], options]
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         return reference.forward(*arguments)
 
 

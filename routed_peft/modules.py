@@ -62,6 +62,11 @@ class RoutedLayer(nn.Module):
             return self._own(Delivered(condition, mask, index, input_mask))
         slot = self.slot.read(self.label) if self.slot is not None else None
         if slot is not None and (slot.mask if in_sequence else slot.condition) is not None:
+            if mask is not None or index is not None:
+                raise ConditionShapeError(
+                    f"{self.label}: condition_mask and condition_index go with a condition argument; the condition of "
+                    "this call was delivered with its own"
+                )
             if in_sequence:
                 return Delivered(None, slot.mask, None, slot.input_mask if input_mask is None else input_mask)
             return self._own(slot if input_mask is None else slot._replace(input_mask=input_mask))
@@ -79,7 +84,7 @@ class RoutedLayer(nn.Module):
         # Under compile not even looked at: the tracer would guard on every version counter.
         if isinstance(y, ConditionState) and not torch.compiler.is_compiling() and y.versions:
             own = {id(p) for p in self.parameters(recurse=False)}
-            if not any(key in own for key, _ in y.versions):
+            if not all(key in own for key, _ in y.versions):
                 raise StaleStateError(
                     f"{self.label}: this ConditionState was encoded with other parameters than this layer's; encode it "
                     "with this layer"
@@ -172,9 +177,14 @@ class RoutedLoRA(RoutedLayer):
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_dropout, self.condition_dropout = lora_dropout, condition_dropout
         self.out_slices = [(int(start), int(stop)) for start, stop in out_slices] if out_slices else None
-        for start, stop in self.out_slices or []:
-            if not 0 <= start < stop <= self.out_features:
-                raise ValueError(f"out_slices: ({start}, {stop}) does not lie in the {self.out_features} outputs")
+        before = 0
+        for start, stop in sorted(self.out_slices or []):
+            if not before <= start < stop <= self.out_features:
+                raise ValueError(
+                    f"out_slices: ({start}, {stop}) is empty, overlaps another slice or does not lie in the "
+                    f"{self.out_features} outputs"
+                )
+            before = stop
         self.route_across_slices = route_across_slices
         count = len(self.out_slices) if self.out_slices else 1
         outputs = sum(stop - start for start, stop in self.out_slices) if self.out_slices else self.out_features
@@ -308,10 +318,12 @@ class RoutedLoRA(RoutedLayer):
                 f"{self.label}: routing {self.routing!r} is not linear in its input and cannot be baked"
             )
         base = self.base_layer
-        if type(base) is not nn.Linear and not is_conv1d(base):
+        if (type(base) is not nn.Linear and not is_conv1d(base)) or not _dense(base.weight):
             raise UnsupportedError(
                 f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {type(base).__name__}"
             )
+        if _hooked(base):
+            raise UnsupportedError(f"{self.label}: bake cannot take the hooks of the base layer along")
         with torch.no_grad():
             wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
             state = None
@@ -512,21 +524,28 @@ def may_read_weight(base: nn.Module, x: Tensor) -> bool:
     if type(base) is not nn.Linear and not is_conv1d(base):
         return False
     own = base.__dict__
-    if any(own.get(hooks) for hooks in _HOOKS) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS):
-        return False
     if (
-        "forward" in own
+        _hooked(base)
+        or "forward" in own
         or nn.Linear.forward is not _LINEAR_FORWARD
         or "weight" not in own["_parameters"]
         or own.get("parametrizations") is not None
     ):
         return False
-    for tensor in (base.weight, base.bias):
-        if tensor is None:
-            continue
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided or tensor.device != x.device:
-            return False
-    return bool(base.weight.dtype == functional.compute_dtype(x) and base.weight.device.type != "meta")
+    if not all(t is None or (_dense(t) and t.device == x.device) for t in (base.weight, base.bias)):
+        return False
+    return bool(base.weight.dtype == functional.compute_dtype(x))
+
+
+def _hooked(base: nn.Module) -> bool:
+    own = base.__dict__
+    return any(own.get(hooks) for hooks in _HOOKS) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS)
+
+
+def _dense(tensor: Any) -> bool:
+    """A plain tensor whose memory holds the values."""
+    plain = type(tensor) in (nn.Parameter, Tensor)
+    return plain and tensor.layout == torch.strided and tensor.device.type != "meta"
 
 
 _LINEAR_FORWARD = nn.Linear.forward

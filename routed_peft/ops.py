@@ -6,8 +6,10 @@ Forward and backward are one op call each. The ops carry an autograd formula tha
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -218,6 +220,19 @@ def _encode_backward_fake(needs: int, dstate: Tensor, kept: Tensor, *inputs: Any
     return _gradients_fake(needs, *inputs[:3])
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, but for tensors on several devices: one on "meta" would turn a real call into a fake one."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        devices = {str(t.device) for t in args if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"routed_peft ops take tensors of one device, got {', '.join(sorted(devices))}")
+        return fake(*args)
+
+    return checked
+
+
 def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
     """The derivative of the ops: an error, never a silent zero."""
     raise RuntimeError(
@@ -233,7 +248,7 @@ if extension is not None:
         ("encode", _encode_fake),
         ("encode_backward", _encode_backward_fake),
     ):
-        torch.library.register_fake(f"routed_peft::{_name}", _fake)
+        torch.library.register_fake(f"routed_peft::{_name}", _on_one_device(_fake))
         torch.library.register_autograd(f"routed_peft::{_name}", refuse_gradient)
 
 assert SCALES == {"none": 0, "tokens": 1}

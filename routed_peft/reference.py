@@ -95,6 +95,8 @@ def _pad(flat: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
     pieces = [F.pad(flat[a:b], (0, 0, 0, longest - (b - a))) for a, b in zip(bounds, bounds[1:], strict=False)]
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    if not pieces:
+        return flat.new_empty(0, 0, flat.shape[1]), torch.empty(0, 0, dtype=torch.bool, device=flat.device)
     return torch.stack(pieces), torch.arange(longest, device=flat.device) < lengths[:, None]
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import StaleStateError
 
@@ -24,7 +26,8 @@ class ConditionState:
         versions: identity and version counter of the parameters it was made from.
 
     A differentiable pytree: gradients flow through ``tensor``. It belongs to one layer and to the parameter values of
-    the moment; using it after they changed raises :class:`StaleStateError`.
+    the moment; using it after they changed raises :class:`StaleStateError`. What torch itself does not count as a
+    change goes unseen: assigning to ``parameter.data``, and everything inside a compiled graph.
     """
 
     routing: str
@@ -54,7 +57,31 @@ def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:
     """Identity and version counter of each tensor that is there."""
     if torch.compiler.is_compiling():
         return ()
-    return tuple((id(p), p._version) for p in parameters if p is not None and not p.is_inference())
+    there = [p for p in parameters if p is not None and not p.is_inference()]
+    for p in there:
+        _watch(p)
+    return tuple((id(p), p._version) for p in there)
+
+
+# Parameters that states were made from. Optimizers with fused=True write them without counting a version, so that is
+# made up for after every step.
+_watched = WeakIdKeyDictionary()
+
+
+_hooked: list[Any] = []
+
+
+def _watch(p: Tensor) -> None:
+    if not _hooked:
+        _hooked.append(register_optimizer_step_post_hook(_count_step))
+    _watched[p] = True
+
+
+def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p in _watched:
+                torch.autograd.graph.increment_version(p)
 
 
 class _Versions(tuple[tuple[int, int], ...]):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import EVERY, Case
 
+from routed_peft import functional
 from routed_peft.routes import ROUTES
 
 SEEDS = 8
@@ -96,6 +97,66 @@ def test_no_worse_than_eager_over_many_rows(routing, dtype):
         mean = [math.exp(sum(math.log(max(run[name][side], 1e-30)) for run in runs) / SEEDS) for side in (0, 1)]
         limit = 1.1 * mean[1] if runs[0][name][2] >= 4096 else max(1.5 * mean[1], 8 * torch.finfo(dtype).eps)
         assert mean[0] <= limit, f"{name}: {mean[0]:.1e}, eager {mean[1]:.1e}"
+
+
+@pytest.mark.parametrize("form", ["linear", "adapter"])
+@pytest.mark.parametrize("routing", ["none", "mul", "gram"])
+def test_no_worse_than_eager_where_the_library_multiplies(routing, form):
+    """bfloat16 products large enough to go to torch's library on a processor that has them."""
+    case = Case(routing, form, batch=4, n=96, m=96, d=512, out=512, r=64, dtype=torch.bfloat16)
+    runs = [errors(case, seed) for seed in range(SEEDS)]
+    for name in runs[0]:
+        ratio = math.exp(sum(math.log(run[name][0] / run[name][1]) for run in runs if run[name][1]) / SEEDS)
+        assert ratio <= (1.1 if runs[0][name][2] >= 4096 else 1.5), f"{name}: {ratio:.2f} times eager's error"
+
+
+OPTIONS = [
+    dict(form="state"),
+    dict(form="lora", in_sequence=True),
+    dict(form="lora", varlen=True),
+    dict(form="linear", masked=True, dropout=0.1),
+    dict(form="linear", index=(1, 0, 1, 2) * 3, slices=True),
+    dict(form="adapter", masked=True, dropout=0.1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("routing", ["mul", "gram", "cross_gram", "expand"])
+def test_no_worse_than_the_definition(routing, options, dtype):
+    """The same gate for the options that eager has no short way of writing, against the definition itself."""
+    case = Case(routing, **{"batch": 12, "n": 20, "m": 12, "d": 128, "r": 32, "d_c": None, "dtype": dtype, **options})
+    logs = {}  # of both errors, seed by seed
+    for seed in range(2 * SEEDS):
+        want = case.gradients("reference", seed, torch.float64)
+        sides = case.gradients("cpu", seed), case.gradients("reference", seed)
+        for name, exact in want.items():
+            if exact is not None:
+                found = [((side[name].double() - exact).norm() / exact.norm()).item() for side in sides]
+                logs.setdefault(name, []).append([math.log(error) for error in found])
+    for name, pairs in logs.items():
+        ours, theirs = (math.exp(sum(pair[side] for pair in pairs) / len(pairs)) for side in (0, 1))
+        small = want[name].numel() < 4096
+        limit = max(1.5 * theirs, 8 * torch.finfo(dtype).eps) if small else 1.1 * theirs
+        assert ours <= limit, f"{name}: {ours:.1e}, the definition {theirs:.1e}"
+
+
+@pytest.mark.parametrize("form", ["linear", "adapter"])
+def test_bfloat16_parameters_do_not_round_a_float32_input(form):
+    case = Case("mul", form, batch=4, n=96, d=512, out=512, r=64, dtype=torch.float32)
+    t, constant = case.tensors()
+    rounded = {k: v.bfloat16() if k in ("A", "B", "C") else v for k, v in t.items()}
+    got = case.run(rounded, constant, "cpu")
+    want = case.run({k: v.double() for k, v in rounded.items()}, constant, "reference")
+    assert (got.double() - want).norm() < 1e-5 * want.norm()
+
+
+def test_the_state_of_a_bfloat16_condition_is_not_rounded():
+    y, c = torch.randn(8, 96, 512).bfloat16(), torch.randn(64, 512) / 512**0.5
+    for routing, pool in (("gram", "none"), ("mul", "none"), ("mul", "mean")):
+        got = functional.encode_condition(y, c, routing=routing, pool=pool).tensor
+        want = functional.encode_condition(y.double(), c.double(), routing=routing, pool=pool).tensor
+        assert (got.double() - want).norm() < 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -126,3 +126,9 @@ def test_patterns_choose_rank_and_alpha():
     )
     assert [config.layer_options(f"layers.{i}.q_proj")["r"] for i in (0, 1)] == [2, 5]
     assert [config.layer_options(f"layers.{i}.q_proj")["lora_alpha"] for i in (0, 1)] == [16, 3]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_inits_that_assume_a_plain_update_are_refused_with_the_reason(init):
+    with pytest.raises(rp.UnsupportedError, match="depends on the condition"):
+        rp.RoutedLoRAConfig(target_modules=["q_proj"], init=init)

@@ -58,16 +58,19 @@ void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y) {
   constexpr int64_t kColumns = 256;  // a piece of work: so many columns of one condition
   const int64_t pieces = (features + kColumns - 1) / kColumns;
   parallel(host, conditions * pieces, 2.0 * double(p.conditions.rows * features), [&](int64_t begin, int64_t end) {
-    Acc line[kColumns];
+    Acc line[kColumns], part[kColumns];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t c = item / pieces, j0 = item % pieces * kColumns, n = std::min(kColumns, features - j0);
       Acc* sum = pooled_y + c * features + j0;
       std::fill_n(sum, n, Acc{0});
+      RowSums<Acc> rows(sum, part, n);
       counted_rows(p, c, [&](int64_t row) {
         load_row(p.y, row, j0, n, line);
         if (p.drop_y.threshold != 0) isa<Acc>().drop(line, row, j0, n, p.drop_y);
-        for (int64_t j = 0; j < n; ++j) sum[j] += line[j];
+        for (int64_t j = 0; j < n; ++j) part[j] += line[j];
+        rows.end_row();
       });
+      rows.flush();
       const Acc weight = static_cast<Acc>(pooled(p, c).weight);
       for (int64_t j = 0; j < n; ++j) sum[j] *= weight;
     }

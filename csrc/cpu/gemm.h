@@ -27,10 +27,11 @@ struct Operand {
 // What happens to a finished sum before it is stored.
 struct Epilogue {
   double alpha = 1;
-  bool accumulate = false;  // + out
-  Matrix bias;              // + bias [1, n]
-  Matrix residual;          // + residual [m, n]
-  Dropout mask{};           // ∘ dropout mask of out as a tensor, before everything but alpha
+  bool accumulate = false;   // + out
+  Matrix bias;               // + bias [1, n]
+  Matrix residual;           // + residual [m, n]
+  Dropout mask{};            // ∘ dropout mask of out as a tensor, before everything but alpha
+  bool in_bfloat16 = false;  // both factors may be rounded to bfloat16, as eager would; the sum still is in float32
 };
 
 // out [m, n] = alpha · a [m, k] b [k, n]; parallel over blocks of out, the sum over k in one fixed order.

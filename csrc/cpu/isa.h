@@ -31,4 +31,30 @@ struct Isa {
 template <class Acc>
 const Isa<Acc>& isa();
 
+// A sum over many rows in two steps, so that its rounding error grows with the square root of their number at most:
+// rows are added to a part, and every kRows of them the part to the total.
+template <class Acc>
+class RowSums {
+ public:
+  RowSums(Acc* total, Acc* part, int64_t size) : total_(total), part_(part), size_(size) { clear(); }
+  Acc* part() { return part_; }
+  void end_row() {
+    if (++rows_ == kRows) flush();
+  }
+  void flush() {
+    if (rows_ == 0) return;
+    isa<Acc>().axpy(size_, 1, part_, total_);
+    clear();
+  }
+
+ private:
+  static constexpr int64_t kRows = 16;
+  void clear() {
+    for (int64_t i = 0; i < size_; ++i) part_[i] = 0;
+    rows_ = 0;
+  }
+  Acc *total_, *part_;
+  int64_t size_, rows_ = 0;
+};
+
 }  // namespace routed_peft::cpu

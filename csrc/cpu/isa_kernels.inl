@@ -9,11 +9,7 @@ struct Loops {
   typedef Acc Loose __attribute__((vector_size(RP_VECTOR_BYTES), aligned(alignof(Acc)), may_alias));
 
   static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, Acc* c, int64_t ldc) {
-    Vector sum[kRows][2];
-    for (int i = 0; i < kRows; ++i) {
-      sum[i][0] = *reinterpret_cast<const Loose*>(c + i * ldc);
-      sum[i][1] = *reinterpret_cast<const Loose*>(c + i * ldc + kLanes);
-    }
+    Vector sum[kRows][2] = {};  // from zero, not from c: short chains of additions round less than one long one
     for (int64_t k = 0; k < depth; ++k) {
       const Vector b0 = *reinterpret_cast<const Vector*>(panel + k * kColumns);
       const Vector b1 = *reinterpret_cast<const Vector*>(panel + k * kColumns + kLanes);
@@ -24,8 +20,8 @@ struct Loops {
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      *reinterpret_cast<Loose*>(c + i * ldc) = sum[i][0];
-      *reinterpret_cast<Loose*>(c + i * ldc + kLanes) = sum[i][1];
+      *reinterpret_cast<Loose*>(c + i * ldc) += sum[i][0];
+      *reinterpret_cast<Loose*>(c + i * ldc + kLanes) += sum[i][1];
     }
   }
 
@@ -119,6 +115,9 @@ struct Loops {
         sum[j] +=
             *reinterpret_cast<const Loose*>(a + i + j * kLanes) * *reinterpret_cast<const Loose*>(b + i + j * kLanes);
       }
+    }
+    for (int j = 0; i + kLanes <= n; i += kLanes, ++j) {
+      sum[j] += *reinterpret_cast<const Loose*>(a + i) * *reinterpret_cast<const Loose*>(b + i);
     }
     const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     Acc total = 0;

@@ -32,14 +32,17 @@ struct Directions {
   }
   const Acc* q_of(int64_t i) const { return q.get() + (q_shared ? 0 : i) * p.groups * p.a.cols; }
   const Acc* up_of(int64_t i) const { return up.get() + i * p.b.rows; }
-  const Acc* q_source(const Acc* v) const { return q_shared ? ones.get() : v; }
   const Acc* up_source(const Acc* v) const { return p.routing == Routing::kOnes ? ones.get() : v; }
 
   void make(const Host& host, const Acc* v, int64_t count) {
     const int64_t w = p.group_width(), rank = p.rank(), d = p.a.cols, rows = q_shared ? 1 : count;
     for (int64_t g = 0; g < p.groups; ++g) {
-      gemm<Acc>(host, acc(q.get() + g * d, rows, d, p.groups * d), acc(q_source(v) + g * w, rows, w, p.width),
-                p.a.block(g * w, 0, w, d));
+      const Matrix q_g = acc(q.get() + g * d, rows, d, p.groups * d), a_g = p.a.block(g * w, 0, w, d);
+      if (q_shared) {
+        column_sums<Acc>(host, q_g, a_g, false);
+      } else {
+        gemm<Acc>(host, q_g, acc(v + g * w, rows, w, p.width), a_g);
+      }
     }
     Epilogue scaled;
     scaled.alpha = p.scaling;
@@ -120,7 +123,7 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
     const int64_t count = std::min(plan::kConditionBlock, conditions - c0);
     directions.make(host, v + c0 * p.width, count);
     parallel(host, count * splits, 2.0 * double(p.inputs.rows * (d + o)), [&](int64_t begin, int64_t end) {
-      thread_local Scratch<Acc> x_scratch, dout_scratch, dx_scratch, dc_scratch;
+      thread_local Scratch<Acc> x_scratch, dout_scratch, dx_scratch, dc_scratch, dq_part, dp_part;
       Acc* x = x_scratch.get(d);
       Acc* dout = dout_scratch.get(o);
       Acc* dx = dx_scratch.get(d);
@@ -136,19 +139,22 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
         const auto [first, last] = part(cuts, c0 + i, item % splits, splits);
         for (int64_t k = first; k < last; ++k) {
           const Segment& s = cuts.list[static_cast<size_t>(k)];
-          for (int64_t row = s.begin; row < s.end; ++row) {
+          RowSums<Acc> dq_sums(dq_item, dq_part.get(q_size), want_dq ? q_size : 0);
+          RowSums<Acc> dp_sums(dp_item, dp_part.get(up_size), want_dp ? up_size : 0);
+          for (int64_t row = s.begin; row < s.end; ++row, dq_sums.end_row(), dp_sums.end_row()) {
             load_row(io.dout, row, 0, o, dout);
             std::fill_n(dc, p.groups, Acc{0});
             for (int64_t j = 0; j < p.slice_count; ++j) {
               const Slice& slice = p.slices[j];
               const int64_t g = group_of(p, j);
               dc[g] += set.dot(dout + slice.start, up + slice.row, slice.length);
-              if (want_dp) set.axpy(slice.length, c[row * p.groups + g], dout + slice.start, dp_item + slice.row);
+              if (want_dp)
+                set.axpy(slice.length, c[row * p.groups + g], dout + slice.start, dp_sums.part() + slice.row);
             }
             if (want_dq) {
               load_row(p.x, row, 0, d, x);
               if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x);
-              for (int64_t g = 0; g < p.groups; ++g) set.axpy(d, dc[g], x, dq_item + g * d);
+              for (int64_t g = 0; g < p.groups; ++g) set.axpy(d, dc[g], x, dq_sums.part() + g * d);
             }
             if (!io.dx) continue;
             std::fill_n(dx, d, Acc{0});
@@ -157,6 +163,8 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
             if (p.residual) set.axpy(d, 1, dout, dx);
             store_row(dx, io.dx, row, 0, d);
           }
+          dq_sums.flush();
+          dp_sums.flush();
         }
       }
     });

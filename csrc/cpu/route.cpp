@@ -303,13 +303,15 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
       }
       continue;
     }
+    thread_local Scratch<Acc> part_scratch;
+    const bool vector = work.state.kind == StateKind::kVector, sums = vector && dstate != nullptr;
+    RowSums<Acc> dv_sums(dstate + (sums ? g * w : 0), part_scratch.get(w), sums ? w : 0);
     for (int64_t n = 0; n < rows; ++n) {
-      const bool vector = work.state.kind == StateKind::kVector;
       const Acc* tn = t + n * width + g * w;
       const Acc* gn = g_all + n * width + g * w;
       const Acc* v = g * w + (vector ? work.vector(s) : work.state.data + work.token(s, n) * width);
       Acc* dtn = dt + n * width + g * w;
-      Acc* dv = dstate == nullptr ? nullptr : dstate + g * w + (vector ? 0 : (s.offset + n) * width);
+      Acc* dv = dstate == nullptr ? nullptr : vector ? dv_sums.part() : dstate + g * w + (s.offset + n) * width;
       switch (p.routing) {
         case Routing::kAdd:
           std::copy_n(gn, w, dtn);
@@ -361,7 +363,9 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
           if (dv) isa<Acc>().axpy(w, dot(tn, u, w), gn, dv);
         }
       }
+      dv_sums.end_row();
     }
+    dv_sums.flush();
   }
 }
 
@@ -378,7 +382,7 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
   if (g) sums.second = Array<Acc>(p.inputs.count * sums.size);
   const Work<Acc> work{p, state, t, sums};
   parallel(host, p.inputs.count, 2 * route_work(p, StateKind::kMatrix), [&](int64_t begin, int64_t end) {
-    thread_local Scratch<Acc> scratch;
+    thread_local Scratch<Acc> scratch, part_scratch;
     for (int64_t sample = begin; sample < end; ++sample) {
       Acc* first = sums.first.get() + sample * sums.size;
       Acc* second = g ? sums.second.get() + sample * sums.size : nullptr;
@@ -391,7 +395,11 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
         const int64_t rows = s.end - s.begin;
         Acc* tile = scratch.get(rows * p.width);
         read_rows(work, s, true, tile);
-        for (int64_t n = 0; vector && n < rows; ++n) isa<Acc>().axpy(p.width, 1, tile + n * p.width, first);
+        RowSums<Acc> u(first, part_scratch.get(p.width), vector ? p.width : 0);
+        for (int64_t n = 0; vector && n < rows; ++n, u.end_row()) {
+          isa<Acc>().axpy(p.width, 1, tile + n * p.width, u.part());
+        }
+        u.flush();
         for (int64_t group = 0; !vector && group < p.groups; ++group) {
           const Matrix v = acc(state.data + work.token(s, 0) * p.width + group * w, rows, w, p.width);
           gemm_serial<Acc>(acc(first + group * w * w, w, w, w), acc(tile + group * w, rows, w, p.width).transposed(), v,
@@ -400,12 +408,14 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
         if (!second) continue;
         const Acc* gs = g + s.begin * p.width;
         read_rows(work, s, false, tile);  // every row has an output, so every row has a gradient
-        for (int64_t n = 0; vector && n < rows; ++n) {
+        RowSums<Acc> sum_w(second, part_scratch.get(p.width), vector ? p.width : 0);
+        for (int64_t n = 0; vector && n < rows; ++n, sum_w.end_row()) {
           for (int64_t group = 0; group < p.groups; ++group) {
             const int64_t at = n * p.width + group * w;
-            isa<Acc>().axpy(w, dot(gs + at, work.vector(s) + group * w, w), tile + at, second + group * w);
+            isa<Acc>().axpy(w, dot(gs + at, work.vector(s) + group * w, w), tile + at, sum_w.part() + group * w);
           }
         }
+        sum_w.flush();
         for (int64_t group = 0; !vector && group < p.groups; ++group) {
           gemm_serial<Acc>(acc(second + group * w * w, w, w, w), acc(tile + group * w, rows, w, p.width).transposed(),
                            acc(gs + group * w, rows, w, p.width), adding(true));

@@ -19,6 +19,13 @@ Matrix acc(const Array<Acc>& data, int64_t rows, int64_t cols) {
   return dense(data.get(), accumulated_dtype<Acc>(), rows, cols);
 }
 
+// An epilogue for the products of x, dout and what is made of them: rounded to bfloat16 where the input is.
+Epilogue product(const Problem& p) {
+  Epilogue e;
+  e.in_bfloat16 = p.dtype == Dtype::kBFloat16;
+  return e;
+}
+
 bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
 
 plan::GramShape gram_shape(const Problem& p) {
@@ -122,7 +129,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     // T rounded to the input's dtype even when it is not saved, so that training and inference agree
     Array<char> t_storage(result.t ? 0 : rows * p.width * element_size(p.dtype));
     const Matrix t = result.t ? result.t : dense(t_storage.get(), p.dtype, rows, p.width);
-    Epilogue down;
+    Epilogue down = product(p);
     down.bias = p.b_down;
     gemm<Acc>(host, t, Operand(p.x, p.drop_x), p.a.transposed(), down);
     encode_now(t);
@@ -134,7 +141,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     if (!whole) fill_rows<Acc>(host, result.out, p.bias, residual);
     for (int64_t i = 0; i < p.slice_count; ++i) {
       const Slice& slice = p.slices[i];
-      Epilogue up;
+      Epilogue up = product(p);
       up.alpha = p.scaling;
       up.accumulate = !whole;
       if (whole) up.bias = p.bias, up.residual = residual;
@@ -188,7 +195,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     if (want_dt || want_dstate) {
       g = Array<Acc>(rows * p.width);
       const Matrix g_matrix = acc(g, rows, p.width);
-      Epilogue scaled;
+      Epilogue scaled = product(p);
       scaled.alpha = p.scaling;
       for (int64_t i = 0; i < p.slice_count; ++i) {
         const Slice& slice = p.slices[i];
@@ -201,7 +208,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
       Array<Acc> z(rows * p.width);
       route_forward<Acc>(host, p, condition.state, io.t, cuts, z.get(), g.get());
       const Matrix z_matrix = acc(z, rows, p.width);
-      Epilogue scaled;
+      Epilogue scaled = product(p);
       scaled.alpha = p.scaling;
       for (int64_t i = 0; io.db && i < p.slice_count; ++i) {
         const Slice& slice = p.slices[i];
@@ -232,10 +239,10 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   }
   if (!rank_one) {
     const Matrix dt_matrix = acc(dt, rows, p.width);
-    if (io.da) gemm<Acc>(host, io.da, dt_matrix.transposed(), Operand(p.x, p.drop_x));
+    if (io.da) gemm<Acc>(host, io.da, dt_matrix.transposed(), Operand(p.x, p.drop_x), product(p));
     if (io.db_down) column_sums<Acc>(host, io.db_down, dt_matrix, false);
     if (io.dx) {
-      Epilogue masked;
+      Epilogue masked = product(p);
       masked.mask = p.drop_x;
       if (p.residual) masked.residual = io.dout;
       gemm<Acc>(host, io.dx, dt_matrix, p.a, masked);

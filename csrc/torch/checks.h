@@ -1,4 +1,4 @@
-// What an op asks of its tensors before it reads their memory. The messages for users are in routed_peft/functional.py;
+// What an op asks of its tensors before it reads their memory. The messages for users are in routed_peft/checks.py;
 // these keep a direct call from touching memory that is not its own.
 #pragma once
 
@@ -38,12 +38,20 @@ inline void check_size(const char* name, int64_t got, int64_t wanted) {
   STD_TORCH_CHECK(got == wanted, name, " has ", got, " elements or rows where ", wanted, " are needed");
 }
 
+// The tensor's memory, which must be there if it has elements (a storage can be resized away).
+inline void* data_of(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  void* data = t.data_ptr();
+  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, name, " has no memory behind it");
+  return data;
+}
+
 // Any strides, two dimensions; rows and cols of -1 are free.
 inline Matrix matrix_of(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2, name, " must be a matrix on the CPU, got ", t.dim(), " dimensions");
   if (rows >= 0) check_size(name, t.size(0), rows);
   if (cols >= 0) check_size(name, t.size(1), cols);
-  return {t.data_ptr(), dtype_of(name, t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  return {data_of(name, t), dtype_of(name, t), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
 inline Matrix matrix_of(const char* name, const MaybeTensor& t, int64_t rows, int64_t cols) {
@@ -55,14 +63,15 @@ inline Matrix rows_of(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() >= 2 && t.is_contiguous(), name,
                   " must be contiguous, on the CPU, and have rows");
   const int64_t cols = t.size(t.dim() - 1);
-  return dense(t.data_ptr(), dtype_of(name, t), cols > 0 ? t.numel() / cols : 0, cols);
+  STD_TORCH_CHECK(cols > 0, name, " must have columns");
+  return dense(data_of(name, t), dtype_of(name, t), t.numel() / cols, cols);
 }
 
 inline Matrix vector_of(const char* name, const MaybeTensor& t, int64_t size) {
   if (!t) return {};
   STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1, name, " must be a vector on the CPU");
   check_size(name, t->numel(), size);
-  return {t->data_ptr(), dtype_of(name, *t), 1, size, size, size > 1 ? t->stride(0) : 1};
+  return {data_of(name, *t), dtype_of(name, *t), 1, size, size, size > 1 ? t->stride(0) : 1};
 }
 
 template <class T>
@@ -71,7 +80,15 @@ const T* array_of(const char* name, const MaybeTensor& t, ScalarType type, int64
   STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type, name,
                   " must be contiguous, on the CPU, and of the documented dtype");
   check_size(name, t->numel(), size);
-  return static_cast<const T*>(t->data_ptr());
+  static const T kNothing{};  // an empty tensor is there, though its memory may not be
+  return size == 0 ? &kNothing : static_cast<const T*>(data_of(name, *t));
+}
+
+// A contiguous tensor of one dtype and `size` elements, of whatever shape: what a forward saved.
+inline void* saved_of(const char* name, const Tensor& t, ScalarType type, int64_t size) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type, name, " must be what the forward returned");
+  check_size(name, t.numel(), size);
+  return data_of(name, t);
 }
 
 inline Sequences sequences_of(const char* name, const MaybeTensor& offsets, int64_t count, int64_t rows) {

@@ -16,6 +16,13 @@
 namespace routed_peft {
 namespace {
 
+ScalarType type_of(Dtype dtype) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+  return kTypes[static_cast<int>(dtype)];
+}
+
+Dtype accumulated_dtype(Dtype dtype) { return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32; }
+
 // torch's threads and torch's matrix product, for the CPU path.
 class TorchHost final : public cpu::Host {
  public:
@@ -32,11 +39,9 @@ class TorchHost final : public cpu::Host {
 
  private:
   static Tensor wrap(const Matrix& m) {
-    constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
     const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row_stride, m.col_stride};
     return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    kTypes[static_cast<int>(m.dtype)]);
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), type_of(m.dtype));
   }
 };
 
@@ -155,7 +160,8 @@ Call call(const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& 
     p.b_c = p.shared ? p.b_down : vector_of("b_C", b_C, p.width);
     p.condition_mask = array_of<bool>("mask", mask, ScalarType::Bool, p.y.rows);
   }
-  STD_TORCH_CHECK(p.source == Source::kTokens || (!C && !b_C), "C and b_C go with a condition that is projected");
+  STD_TORCH_CHECK(C ? p.source == Source::kTokens : !b_C, "C goes with a condition that is projected, and b_C with C");
+  STD_TORCH_CHECK(!condition || p.source == Source::kTokens || p.source == Source::kState, "no condition is asked for");
   if (p.source == Source::kTokens || p.source == Source::kState) {
     p.index = array_of<int64_t>("index", index, ScalarType::Long, p.inputs.count);
     if (!p.index) check_size("condition", p.conditions.count, p.inputs.count);
@@ -234,6 +240,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {out, t, state, kept};
 }
 
+int64_t state_numbers(const Problem& p) {
+  return (p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count) * p.state_size();
+}
+
+// What a forward kept for the gradient of its condition, of the shape it has there; absent if the tensor is empty.
+Matrix kept_of(const Problem& p, const Tensor& kept) {
+  if (kept.dim() != 2) return {};
+  const bool pooled = p.kind == StateKind::kVector;
+  STD_TORCH_CHECK(pooled || p.kind == StateKind::kMatrix, "nothing is kept for this kind of condition");
+  const int64_t rows = pooled ? p.conditions.count : p.conditions.rows, cols = pooled ? p.y.cols : p.width;
+  const Dtype dtype = pooled ? accumulated_dtype(p.dtype) : p.dtype;
+  return dense(saved_of("kept", kept, type_of(dtype), rows * cols), dtype, rows, cols);
+}
+
 // The gradient of an optional input: like it, contiguous, if bit `bit` of `needs` asks for it.
 struct Gradient {
   Tensor tensor;
@@ -270,10 +290,16 @@ NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor 
   check_size("dout", io.dout.cols, out_features);
   STD_TORCH_CHECK(io.dout.dtype == p.dtype, "dout must have the input's dtype");
   const bool one = plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down));
-  io.t = matrix_of("T", t, p.x.rows, one ? p.groups : p.width);
-  if (kept.dim() == 2) io.kept = matrix_of("kept", kept, -1, -1);
+  const int64_t t_cols = one ? p.groups : p.width;
+  const Dtype t_dtype = one ? accumulated_dtype(p.dtype) : p.dtype;
+  io.t = dense(saved_of("T", t, type_of(t_dtype), p.x.rows * t_cols), t_dtype, p.x.rows, t_cols);
   const bool encodes = p.source == Source::kTokens || p.source == Source::kInSequence;
-  if (encodes && state.numel() > 0) p.state = state.data_ptr();
+  io.kept = kept_of(p, kept);
+  if (encodes && (p.kind != StateKind::kMatrix || state.numel() > 0)) {
+    p.state = saved_of("state", state, accumulated_type(p.dtype), state_numbers(p));
+  } else if (encodes) {
+    STD_TORCH_CHECK(p.source == Source::kInSequence || kept.dim() == 2, "either the state or V must be saved");
+  }
   constexpr int64_t kDx = 1, kDa = 2, kDy = 8, kDc = 16, kDbDown = 128, kDbC = 256;
   const bool uses_kept = p.kind == StateKind::kVector || (p.kind == StateKind::kMatrix && p.source == Source::kTokens);
   const int64_t into_condition = p.source == Source::kInSequence ? kDx | kDa | kDbDown
@@ -336,14 +362,12 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(int64_t needs, Tensor dstate,
                                                    MaybeTensor b_C, MaybeTensor mask, int64_t routing, int64_t pool,
                                                    int64_t scale, int64_t groups) {
   const Problem p = encoding(y, C, b_C, mask, routing, pool, scale, groups);
-  const int64_t numbers = (p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count) * p.state_size();
-  STD_TORCH_CHECK(dstate.is_contiguous() && dstate.scalar_type() == accumulated_type(p.dtype),
-                  "dstate must be like the state");
-  check_size("dstate", dstate.numel(), numbers);
+  void* const gradient_of_state = saved_of("dstate", dstate, accumulated_type(p.dtype), state_numbers(p));
+  const Matrix saved = kept_of(p, kept);
+  STD_TORCH_CHECK(p.kind == StateKind::kTokens || kept.dim() == 2, "encode was called without save");
   Gradient dy = gradient(needs, 0, y, y, true), dc = gradient(needs, 1, C, y, false),
            db_c = gradient(needs, 2, b_C, y, false);
-  cpu::encode_backward(TorchHost(), p, dstate.data_ptr(), kept.dim() == 2 ? matrix_of("kept", kept, -1, -1) : Matrix{},
-                       dy.matrix, dc.matrix, db_c.matrix);
+  cpu::encode_backward(TorchHost(), p, gradient_of_state, saved, dy.matrix, dc.matrix, db_c.matrix);
   return {dy.tensor, dc.tensor, db_c.tensor};
 }
 

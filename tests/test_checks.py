@@ -1,0 +1,200 @@
+"""Bad arguments: each raises an error that names the argument and both sizes; nothing is lost or silently wrong."""
+
+import warnings
+
+import pytest
+import torch
+from cases import Case, worst
+
+import routed_peft as rp
+from routed_peft import ConditionShapeError, StaleStateError, functional, ops
+
+X, Y = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+A, B, C = torch.randn(3, 6), torch.randn(10, 3), torch.randn(3, 6)
+
+
+def lora(x=X, y=Y, a=A, b=B, c=None, routing="mul", **options):
+    return functional.routed_lora(x, a, y, b, c, routing=routing, scaling=1.0, **options)
+
+
+def adapter(**changed):
+    arguments = dict(down=A, b_down=torch.zeros(3), up=torch.randn(6, 3), b_up=torch.zeros(6)) | changed
+    return functional.routed_adapter(X, Y, routing="mul", **arguments)
+
+
+META = torch.device("meta")
+WRONG = {
+    "beams under grad": (lambda: lora(torch.randn(4, 5, 6)), "input batch 4 does not match condition batch 2"),
+    "rows": (lambda: lora(torch.randn(7, 6)), "7 input rows cannot be split over condition batch 2"),
+    "condition device": (lambda: lora(y=Y.to(META)), "condition is on meta, the layer input on cpu"),
+    "index device": (lambda: lora(index=torch.zeros(2, dtype=torch.int64, device=META)), "condition_index is on meta"),
+    "parameter device": (lambda: lora(a=A.to(META)), "A is on meta, the layer input on cpu"),
+    "mask device": (lambda: lora(mask=torch.ones(2, 4, dtype=torch.bool, device=META)), "condition_mask is on meta"),
+    "encode device": (
+        lambda: functional.encode_condition(Y, C.to(META), routing="mul"),
+        "C is on meta, the condition on cpu",
+    ),
+    "input width": (lambda: lora(torch.randn(2, 5, 7)), r"input must be \[..., 6\], got \(2, 5, 7\)"),
+    "no columns": (lambda: lora(torch.randn(2, 5, 0), a=torch.randn(3, 0)), r"A must be a matrix with columns"),
+    "vector A": (lambda: lora(a=torch.randn(6)), r"A must be a matrix with columns, got \(6,\)"),
+    "rank": (lambda: lora(b=torch.randn(10, 4)), r"A has 3 rows, but B \(10, 4\) needs 4"),
+    "W": (lambda: functional.routed_linear(X, torch.randn(9, 6), None, Y, A, B, routing="mul", scaling=1.0), "9"),
+    "bias": (lambda: adapter(b_up=torch.zeros(5)), r"bias must be \[6\], got \(5,\)"),
+    "b_down": (lambda: adapter(b_down=torch.zeros(4)), r"b_down must be \[3\], got \(4,\)"),
+    "b_C": (lambda: adapter(C=C, b_C=torch.zeros(4)), r"b_C must be \[3\], got \(4,\)"),
+    "b_C alone": (lambda: adapter(b_C=torch.zeros(3)), "b_C goes with a C"),
+    "encode b_C": (
+        lambda: functional.encode_condition(Y, C, routing="mul", b_C=torch.zeros(4)),
+        r"b_C must be \[3\], got \(4,\)",
+    ),
+    "residual": (lambda: adapter(up=torch.randn(7, 3), b_up=None), "as many outputs as inputs, got 7 and 6"),
+    "seed dtype": (lambda: lora(dropout_p=0.5, seed=torch.zeros(1)), r"seed must be int64 \[1\]"),
+    "seed size": (lambda: lora(dropout_p=0.5, seed=torch.zeros(2, dtype=torch.int64)), r"seed must be int64 \[1\]"),
+    "slices overlap": (lambda: lora(a=torch.randn(6, 6), out_slices=[(0, 6), (4, 8)]), "non-empty and apart"),
+    "slices select": (lambda: lora(a=torch.randn(6, 6), out_slices=[(0, 3), (4, 8)]), "out_slices select 7"),
+    "out_features": (lambda: lora(out_features=12), "the output has 12 columns"),
+    "index dtype": (lambda: lora(index=torch.zeros(2)), "condition_index must be integers"),
+    "index range": (lambda: lora(index=torch.tensor([0, 7])), "condition_index 7 is out of range for 2 conditions"),
+    "index size": (lambda: lora(index=torch.tensor([0, 1, 0])), r"input batch 2 does not match condition_index \(3,\)"),
+    "mask size": (
+        lambda: lora(mask=torch.ones(2, 5, dtype=torch.bool)),
+        r"condition mask \(2, 5\) does not match condition \(2, 4\)",
+    ),
+    "mask dtype": (lambda: lora(mask=torch.ones(2, 4)), "condition mask must be bool or 0/1 integers"),
+    "pairing": (lambda: lora(pool="none"), r"as many as the input has \(5\), got 4"),
+    "cu_seqlens rank": (lambda: lora(X[0], cu_seqlens=torch.tensor(5)), r"cu_seqlens must be int32 or int64 \[batch"),
+    "cu_seqlens end": (lambda: lora(X[0], cu_seqlens=torch.tensor([0, 2, 4])), "must rise from 0 to the 5 rows"),
+    "cu_seqlens order": (lambda: lora(X[0], cu_seqlens=torch.tensor([0, 6, 5])), "must rise from 0 to the 5 rows"),
+    "cu_seqlens 3-D": (lambda: lora(cu_seqlens=torch.tensor([0, 2, 2])), "cu_seqlens needs a flat input"),
+    "flat mask": (
+        lambda: lora(y=Y[0], condition_cu_seqlens=torch.tensor([0, 1, 4]), mask=torch.ones(4, dtype=torch.bool)),
+        "a flat condition has no padding",
+    ),
+    "dropout": (lambda: lora(dropout_p=1.5), r"dropout_p must lie in \[0, 1\], got 1.5"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_misuse(name):
+    call, text = WRONG[name]
+    with pytest.raises(ValueError, match=text) as caught:
+        call()
+    if name != "dropout":
+        assert isinstance(caught.value, ConditionShapeError)
+
+
+def test_overlapping_slices_are_refused_by_the_layer():
+    with pytest.raises(ValueError, match="overlaps another slice"):
+        rp.RoutedLoRA.from_features(6, 10, out_slices=[(0, 6), (4, 8)])
+
+
+def test_a_delivered_condition_takes_no_mask_or_index_of_the_call():
+    model = torch.nn.Sequential(rp.RoutedLoRA.from_features(6, 10, r=3))
+    with rp.condition(model, Y), pytest.raises(ConditionShapeError, match="go with a condition argument"):
+        model[0](X, condition_index=torch.tensor([1, 0]))
+
+
+def test_a_fallback_is_told_once(monkeypatch):
+    monkeypatch.setattr(ops, "_told", set())
+    layer = rp.RoutedLoRA.from_features(6, 10, r=3, routing="gram_reshape")
+    with pytest.warns(UserWarning, match="plain torch reference backend.*gram_reshape"):
+        layer(X, Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(X, Y)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_no_optimizer_step_goes_unseen(optimizer, kind):
+    layer = rp.RoutedLoRA.from_features(6, 10, r=3)
+    state = layer.encode_condition(Y)
+    layer(X, state).sum().backward()
+    optimizer(layer.parameters(), lr=0.1, **kind).step()
+    with pytest.raises(StaleStateError, match="before the parameters changed"):
+        layer(X, state)
+
+
+def test_a_replaced_parameter_makes_a_state_foreign():
+    layer = rp.RoutedAdapter(6, 3)
+    state = layer.encode_condition(Y)
+    layer.down = torch.nn.Parameter(torch.randn(3, 6))
+    with pytest.raises(StaleStateError, match="other parameters"):
+        layer(X, state)
+
+
+def test_weights_of_another_dtype_are_cast():
+    """Under autocast the input becomes bfloat16, and a float32 W with it; its gradient stays float32."""
+    w = torch.randn(10, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = functional.routed_linear(X, w, None, Y, A, B, routing="mul", scaling=1.0)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and w.grad.dtype == torch.float32
+
+
+def test_one_condition_token_beside_a_flat_input(backend):
+    """pool="none" pairs tokens, and one token pairs with all of them, flat or not."""
+    case = Case("mul", "lora")
+    t, _ = case.tensors()
+    flat = dict(routing="mul", scaling=1.0, pool="none", backend=backend)
+    y = t["y"][:, 0]
+    got = functional.routed_lora(t["x"].flatten(0, 1), t["A"], y, t["B"], cu_seqlens=torch.tensor([0, 5, 10]), **flat)
+    assert worst(got.view(2, 5, -1), functional.routed_lora(t["x"], t["A"], y, t["B"], **flat)) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6), (0, 6)])
+def test_no_sample_at_all(backend, shape):
+    """An empty batch beside conditions that nobody uses: an empty output, and gradients of zero."""
+    leaves = [t.clone().requires_grad_() for t in (torch.randn(shape), A, Y, B)]
+    out = lora(leaves[0], leaves[2], leaves[1], leaves[3], index=torch.zeros(0, dtype=torch.int64), backend=backend)
+    assert out.shape == (*shape[:-1], 10)
+    out.sum().backward()
+    assert all(t.grad is None or not t.grad.any() for t in leaves)
+
+
+# ------------------------------------------------------------------------------------------------ the ops themselves
+def raw(routing=4, source=1, **changed):
+    """Arguments of torch.ops.routed_peft.backward for a gram call, and its saved tensors."""
+    tensors = [X, A, B, Y, None, None, None, None, None, None, None, None, None, None, None]
+    numbers = [2, routing, source, 0, 1, 1, [], 10, 1.0, 0.0, 0.0, 0, False]
+    saved = dict(zip(("out", "T", "state", "kept"), torch.ops.routed_peft.forward(*tensors, *numbers, 2), strict=True))
+    saved["dout"] = torch.randn_like(saved.pop("out"))
+    saved |= changed
+    return saved["dout"], saved["T"], saved["state"], saved["kept"], *tensors, *numbers
+
+
+HOSTILE = {
+    "kept is huge": dict(kept=torch.randn(200000, 64)),
+    "kept is half": dict(kept=torch.randn(8, 3).half()),
+    "kept is small": dict(kept=torch.randn(1, 1)),
+    "kept is turned": dict(kept=torch.randn(3, 8).T),
+    "kept is nothing": dict(kept=torch.empty(0)),
+    "T is half": dict(T=torch.randn(10, 3).half()),
+    "T is small": dict(T=torch.randn(9, 3)),
+    "state is small": dict(state=torch.randn(1)),
+    "state is elsewhere": dict(state=torch.randn(2, 3, 3, device="meta")),
+    "dout is small": dict(dout=torch.randn(2, 4, 10)),
+    "dout is half": dict(dout=torch.randn(2, 5, 10).half()),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_backward_op_reads_no_memory_that_is_not_its_own(name):
+    torch.ops.routed_peft.backward(0b1111, *raw())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ops.routed_peft.backward(0b1111, *raw(**HOSTILE[name]))
+
+
+@pytest.mark.parametrize("kept", [torch.empty(0), torch.randn(300000, 64), torch.randn(8, 3).half()])
+def test_encode_backward_op_reads_no_memory_that_is_not_its_own(kept):
+    state, good = torch.ops.routed_peft.encode(Y, C, None, None, 4, 0, 1, 1, True)
+    torch.ops.routed_peft.encode_backward(3, state, good, Y, C, None, None, 4, 0, 1, 1)
+    with pytest.raises(RuntimeError):
+        torch.ops.routed_peft.encode_backward(3, state, kept, Y, C, None, None, 4, 0, 1, 1)
+
+
+def test_a_storage_that_was_resized_away():
+    gone = Y.clone()
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory behind it"):
+        torch.ops.routed_peft.encode(gone, C, None, None, 4, 0, 1, 1, False)
