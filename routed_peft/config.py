@@ -74,8 +74,8 @@ class RoutedConfig:
         one_of("missing", self.missing, MISSING)
         if self.init in ("pissa", "olora", "orthogonal", "eva"):
             raise UnsupportedError(
-                f"init={self.init!r} takes the first update out of the base weight, which is right only if the update is "
-                "s·B·A·x; a routed update depends on the condition as well"
+                f"init={self.init!r} takes the first update out of the base weight, which is right only if the update "
+                "is s·B·A·x; a routed update depends on the condition as well"
             )
         one_of("init", self.init, ("kaiming", "gaussian"))
         for pattern, r in _patterns("rank_pattern", self.rank_pattern).items():
