@@ -66,9 +66,7 @@ def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:
 # Parameters that states were made from. Optimizers with fused=True write them without counting a version, so that is
 # made up for after every step.
 _watched = WeakIdKeyDictionary()
-
-
-_hooked: list[Any] = []
+_hooked: list[Any] = []  # the hook's handle, once there is a state
 
 
 def _watch(p: Tensor) -> None:
