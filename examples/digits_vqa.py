@@ -362,7 +362,7 @@ def plot(methods: list[dict[str, Any]], guess: float, ceiling: float, file: Path
             bars.axhline(height, color="grey", linestyle=style)
             bars.text(-0.5, height + 0.01, text, fontsize=8)
         bars.set(ylim=(0, 1.06), ylabel="accuracy, held-out images", title=FORMS[form])
-        bars.set_xticks(range(len(chosen)), [method["route"] for method in chosen])
+        bars.set_xticks(range(len(chosen)), [method["route"] for method in chosen], rotation=20)
         curves.axhline(guess, color="grey", linestyle=":")
         curves.set(xlabel="step", ylabel="accuracy, validation images", title="while learning, mean of seeds")
         curves.legend(fontsize=8)
