@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
-from .routes import ACTIVATIONS, ROUTES, SCALES, state_kind
+from .routes import ACTIVATIONS, ROUTES, state_kind
 
 SOURCES = {"none": 0, "tokens": 1, "state": 2, "in_sequence": 3}
 _CODE_OF = {route.code: name for name, route in ROUTES.items()}
@@ -250,5 +250,3 @@ if extension is not None:
     ):
         torch.library.register_fake(f"routed_peft::{_name}", _on_one_device(_fake))
         torch.library.register_autograd(f"routed_peft::{_name}", refuse_gradient)
-
-assert SCALES == {"none": 0, "tokens": 1}
