@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/device/host_device.h"
+
 namespace routed_peft {
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -24,9 +26,10 @@ inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 :
 // Counter-based dropout of a [rows, cols] matrix; the map is in device/philox.cuh.
 struct Dropout {
   uint64_t seed = 0;
-  uint32_t threshold = 0;  // round(65536 p); 0 is no dropout
-  uint32_t stream = 0;     // 0 = X, 1 = Y
-  double scale() const { return threshold < 65536 ? 65536.0 / (65536.0 - threshold) : 0.0; }
+  uint32_t threshold = 0;            // round(65536 p); 0 is no dropout
+  uint32_t stream = 0;               // 0 = X, 1 = Y
+  const int64_t* seed_at = nullptr;  // where a kernel finds the seed; nullptr: it is `seed`
+  RP_HOST_DEVICE double scale() const { return threshold < 65536 ? 65536.0 / (65536.0 - threshold) : 0.0; }
 };
 
 // A strided matrix of any dtype in memory; data == nullptr means absent.
@@ -48,13 +51,14 @@ struct Matrix {
 
 inline Matrix dense(void* data, Dtype dtype, int64_t rows, int64_t cols) { return {data, dtype, rows, cols, cols, 1}; }
 
-// How flat rows split into samples: evenly, or at the given offsets.
+// How flat rows split into samples: evenly, or at the given offsets. In a kernel's problem the offsets are device
+// memory, so that only the kernel may ask for begin and end.
 struct Sequences {
   int64_t count = 0, rows = 0;
   const int64_t* offsets = nullptr;  // [count + 1], or nullptr for equal lengths
-  int64_t length() const { return count > 0 ? rows / count : 0; }
-  int64_t begin(int64_t i) const { return offsets ? offsets[i] : i * length(); }
-  int64_t end(int64_t i) const { return offsets ? offsets[i + 1] : (i + 1) * length(); }
+  RP_HOST_DEVICE int64_t length() const { return count > 0 ? rows / count : 0; }
+  RP_HOST_DEVICE int64_t begin(int64_t i) const { return offsets ? offsets[i] : i * length(); }
+  RP_HOST_DEVICE int64_t end(int64_t i) const { return offsets ? offsets[i + 1] : (i + 1) * length(); }
 };
 
 struct Slice {
@@ -75,6 +79,7 @@ struct Problem {
   Matrix bias;                           // [1, o]
   Matrix b_down;                         // [1, R]
   Matrix b_c;                            // [1, R]; b_down where C is shared
+  Matrix base;                           // [rows, o], of dtype: what a foreign base layer gave, to be added to
   const bool* condition_mask = nullptr;  // [y_rows]
   const bool* input_mask = nullptr;      // [rows]
   const int64_t* index = nullptr;        // [samples]

@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RP_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define RP_HOST_DEVICE inline
-#endif
+#include "kernels/device/host_device.h"
 
 namespace routed_peft {
 
