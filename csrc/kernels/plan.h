@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "params.h"
+#include "kernels/params.h"
 
 namespace routed_peft::plan {
 
@@ -91,5 +91,44 @@ constexpr int64_t reduction_splits(int64_t conditions, int64_t segments) {
 
 // Rank-one: conditions worked on at a time, so that q and p of many small samples never become a full-size tensor.
 constexpr int64_t kConditionBlock = 256;
+
+// ---- the kernels. How often a sum is split depends on shapes alone, so that a result has the same bits on any device.
+
+// The width that a bottleneck of `width` columns is padded to, or 0: too wide.
+constexpr int padded_width(int64_t width) {
+  for (const int padded : {16, 32, 64, 128, 256}) {
+    if (width <= padded) return padded;
+  }
+  return 0;
+}
+
+constexpr int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// Blocks that a launch wants at least; below, it splits its sums. Twice as many as the largest devices have processors
+// would hide more latency, but every part of a split is written and read again.
+constexpr int64_t kWantedBlocks = 128;
+
+// Columns of x in one part of down_route's split of d: all of them where there are rows enough. A part has at least
+// 128, and there are no more than eight: they are read again to be added.
+constexpr int64_t down_split_depth(int64_t rows, int64_t d) {
+  const int64_t blocks = std::max<int64_t>(round_up(rows, 64) / 64, 1);
+  const int64_t splits = std::clamp<int64_t>(std::min<int64_t>(kWantedBlocks / blocks, d / 128), 1, 8);
+  return std::max<int64_t>(round_up((d + splits - 1) / splits, 64), 64);
+}
+
+// Parts of the rows of a sample in gram; a part has at least 64 rows.
+constexpr int64_t gram_splits(int64_t samples, int64_t groups, int64_t group_width, int64_t rows) {
+  const int64_t tiles = round_up(group_width, 64) / 64, blocks = samples * groups * tiles * tiles;
+  if (blocks <= 0) return 1;
+  return std::clamp<int64_t>(kWantedBlocks / blocks, 1, std::clamp<int64_t>(rows / samples / 64, 1, 16));
+}
+
+// Stages of down_route's ring: as many as fit, so that loads run far ahead, into half of a processor's shared memory
+// where two blocks will share it and half is enough for three.
+constexpr int down_stages(int64_t blocks, int64_t processors, int64_t shared_bytes, int64_t stage_bytes) {
+  const int64_t half = shared_bytes / 2 / stage_bytes;
+  const int64_t stages = blocks > processors && half >= 3 ? half : shared_bytes / stage_bytes;
+  return static_cast<int>(std::clamp<int64_t>(stages, 2, 8));
+}
 
 }  // namespace routed_peft::plan

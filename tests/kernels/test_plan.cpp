@@ -150,6 +150,44 @@ void library() {
   }
 }
 
+void kernels() {
+  for (int64_t width = 1; width <= 300; ++width) {
+    const int64_t padded = plan::padded_width(width);
+    CHECK(width > 256 ? padded == 0 : padded >= width && (padded == 16 || padded < 2 * width), "width %d", int(width));
+  }
+  for (const int64_t d : {1, 63, 64, 65, 128, 768, 1000, 4096}) {
+    for (const int64_t rows : {0, 1, 64, 65, 800, 2000, 8192, 100000}) {
+      const int64_t depth = plan::down_split_depth(rows, d), blocks = (rows + 63) / 64, parts = (d + depth - 1) / depth;
+      // dropout draws 64 columns together; below that, a part of 128 columns and no more blocks than wanted
+      CHECK(depth % 64 == 0 && parts >= 1 && (parts == 1 || depth >= 128), "%d rows, d %d", int(rows), int(d));
+      CHECK(parts == 1 || parts * blocks <= plan::kWantedBlocks, "%d rows, d %d", int(rows), int(d));
+    }
+  }
+  CHECK(plan::down_split_depth(800, 768) == 128 && plan::down_split_depth(8192, 4096) == 4096, "few and many rows");
+  CHECK(plan::down_split_depth(1, 4096) == 512 && plan::down_split_depth(1, 0) == 64, "one token, and no columns");
+  for (const int64_t samples : {1, 2, 16, 500}) {
+    for (const int64_t length : {0, 1, 63, 197, 576, 5000}) {
+      for (const int64_t width : {3, 64, 65, 256}) {
+        const int64_t splits = plan::gram_splits(samples, 1, width, samples * length);
+        CHECK(splits >= 1 && splits <= 16 && (splits == 1 || length / splits >= 64), "%d samples of %d rows",
+              int(samples), int(length));
+      }
+    }
+  }
+  CHECK(plan::gram_splits(0, 1, 16, 0) == 1 && plan::gram_splits(1, 1, 64, 576) == 9, "none, and one");
+  for (const int64_t stage : {11520, 18432, 27648, 46080}) {
+    for (const int64_t shared : {99 << 10, 163 << 10, 227 << 10}) {
+      for (const int64_t blocks : {1, 132, 133, 1000}) {
+        const int stages = plan::down_stages(blocks, 132, shared, stage);
+        CHECK(stages >= 2 && stages <= 8 && stages * stage <= shared, "%d stages of %d bytes", stages, int(stage));
+        CHECK(blocks <= 132 || shared / 2 / stage < 3 || 2 * stages * stage <= shared, "two blocks, %d stages", stages);
+      }
+    }
+  }
+  CHECK(plan::down_stages(128, 132, 227 << 10, 18432) == 8 && plan::down_stages(256, 132, 227 << 10, 18432) == 6,
+        "of H200");
+}
+
 void parameters() {
   for (const uint32_t k : {0u, 1u, 6554u, 32768u, 65535u}) {
     const Dropout dropout{0, k, 0};
@@ -178,5 +216,6 @@ int main() {
   rank_one_table();
   splits();
   library();
+  kernels();
   parameters();
 }
