@@ -1,4 +1,7 @@
-"""What a routed call asks of its arguments. Every error names the argument and both sizes."""
+"""What a routed call asks of its arguments. Every error names the argument and both sizes.
+
+Values (offsets, index) are looked at on the CPU only: elsewhere that would wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import ConditionShapeError
 from .routes import ROUTES, SCALES, one_of
 
@@ -15,12 +19,7 @@ def check_routing(routing: str, scale: str, backend: str) -> None:
     """The names of the route, the scale and the backend."""
     one_of("routing", routing, ROUTES)
     one_of("condition_scale", scale, SCALES)
-    one_of("backend", backend, ("auto", "cpu", "cuda", "reference"))
-
-
-def as_tokens(y: Tensor) -> Tensor:
-    """[B, d_c] -> [B, 1, d_c]."""
-    return y[:, None] if y.dim() == 2 else y
+    one_of("backend", backend, ("auto", *ops.BACKENDS, "reference"))
 
 
 def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Tensor | None) -> None:
@@ -56,6 +55,17 @@ def check_condition(name: str, y: Tensor, C: Tensor, cu_seqlens: Tensor | None, 
     return y
 
 
+def check_base(name: str, base: Tensor | None, x: Tensor, out_features: int, residual: bool) -> None:
+    """A base layer's output is what the call itself returns, shape and dtype, and the only thing it is added to."""
+    if base is None:
+        return
+    wanted = (*x.shape[:-1], out_features)
+    if tuple(base.shape) != wanted or base.dtype != x.dtype:
+        raise ConditionShapeError(f"{name}: base must be {x.dtype} {wanted}, got {base.dtype} {tuple(base.shape)}")
+    if residual:
+        raise ConditionShapeError(f"{name}: a base's output takes the place of a residual; pass one of them")
+
+
 def check_mask(name: str, what: str, mask: Tensor | None, shape: tuple[int, ...], of: str) -> Tensor | None:
     """The mask as bool, of exactly ``shape``."""
     if mask is None:
@@ -68,7 +78,7 @@ def check_mask(name: str, what: str, mask: Tensor | None, shape: tuple[int, ...]
 
 
 def check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> Tensor:
-    """Row offsets as int64; their values are looked at on the CPU only, for elsewhere that would synchronise."""
+    """Row offsets as int64."""
     if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
         raise ConditionShapeError(
             f"{name}: {what} must be int32 or int64 [batch + 1], got {cu.dtype} {tuple(cu.shape)}"
@@ -210,8 +220,9 @@ def check_elementwise(
             "both be flat or both be padded"
         )
     if cu_seqlens is not None and condition_cu_seqlens is not None:
-        if cu_seqlens.shape != condition_cu_seqlens.shape or not (
-            torch.compiler.is_compiling() or torch.equal(cu_seqlens, condition_cu_seqlens)
+        readable = not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu"
+        if cu_seqlens.shape != condition_cu_seqlens.shape or (
+            readable and not torch.equal(cu_seqlens, condition_cu_seqlens)
         ):
             raise ConditionShapeError(
                 f"{name}: condition_pool='none' under routing {routing!r} needs equal cu_seqlens for input and "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .checks import (
-    as_tokens,
+    check_base,
     check_condition,
     check_cu_seqlens,
     check_devices,
@@ -36,7 +35,7 @@ from .checks import (
 )
 from .errors import ConditionShapeError, MissingConditionError
 from .reference import Options
-from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, one_of, resolve_pool
+from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, SOURCES, one_of, resolve_pool
 from .state import ConditionState, versions_of
 
 
@@ -243,17 +242,16 @@ def encode_condition(
     check_vectors(name, b_C=(b_C, C.shape[0]))
     y = y.to(compute_dtype(y)).contiguous()
     mask = check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
-    where = ops.resolve_backend(backend, routing, C.shape[0] // groups, y)
+    where = ops.resolve_backend(backend, routing, C.shape[0] // groups, groups, y)
     if where == "reference":
         options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
-        with no_autocast(y.device):
-            state = reference.encode_condition(as_tokens(y), C, b_C, mask, None, None, options)
+        state = reference.run_encode(y, C, b_C, mask, options)
     else:
         numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
         if _differentiated(y, C, b_C):
-            state = _Encode.apply(y, C, b_C, mask, *numbers)[0]  # type: ignore[no-untyped-call]
+            state = _Encode.apply(where, y, C, b_C, mask, *numbers)[0]  # type: ignore[no-untyped-call]
         else:
-            state = torch.ops.routed_peft.encode(y, C, b_C, mask, *numbers, False)[0]
+            state = ops.BACKENDS[where].ops.encode(y, C, b_C, mask, *numbers, False)[0]
     return ConditionState(routing, state, versions_of(C, b_C))
 
 
@@ -263,11 +261,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if kind != "meta" and x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off on ``device``; the meta device has none, and asking for it there is an error."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -305,9 +298,14 @@ def apply(
     out_features: int | None = None,
     cu_seqlens: Tensor | None = None,
     condition_cu_seqlens: Tensor | None = None,
+    base: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """What the three public forms share: check the arguments, then run the backend. ``name`` opens every error text."""
+    """What the three public forms share: check the arguments, then run the backend. ``name`` opens every error text.
+
+    ``base`` [..., o], in the dtype of the computation, is what some other layer gave for x: the update is added to it
+    as it is written, in one pass. It is only read, for others may hold it too.
+    """
     check_routing(routing, scale, backend)
     one_of("activation", activation, ACTIVATIONS)
     condition_p = dropout_p if condition_dropout_p is None else condition_dropout_p
@@ -321,11 +319,12 @@ def apply(
         raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
     check_vectors(name, bias=(bias, out_features), b_down=(b_down, A.shape[0]), b_C=(b_C, A.shape[0]))
     check_seed(name, seed, x)
-    check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, condition_mask=mask,
-                  condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
+    check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
+                  condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
                   condition_cu_seqlens=condition_cu_seqlens)  # fmt: skip
     x = x.to(compute_dtype(x)).contiguous()
     W = None if W is None else W.to(x.dtype)
+    check_base(name, base, x, out_features, residual)
     if residual and out_features != x.shape[-1]:
         raise ConditionShapeError(
             f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}"
@@ -409,29 +408,24 @@ def apply(
     )  # fmt: skip
     tensors = (
         x, A, B, condition, C, W, bias, b_down, b_C, mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed,
+        None if base is None else base.contiguous(),
     )  # fmt: skip
-    if ops.resolve_backend(backend, routing, A.shape[0] // groups, x) == "reference":
-        return _run_reference(tensors, options)
+    where = ops.resolve_backend(backend, routing, A.shape[0] // groups, max(len(slices) // 2, 1), x)
+    if where == "reference":
+        return reference.run(tensors, options)
     numbers = (
-        samples, ROUTES[routing].code, ops.SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
+        samples, ROUTES[routing].code, SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
         out_features, options.scaling, options.dropout, options.condition_dropout, ACTIVATIONS[activation], residual,
     )  # fmt: skip
-    if not _differentiated(*tensors[:9]):
-        return torch.ops.routed_peft.forward(*tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
-    encodes = source in ("tokens", "in_sequence")
-    projection = (A, b_down) if C is None else (C, b_C)
-    through = (x if source == "in_sequence" else condition, *projection)
-    save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
-    return _Routed.apply(*tensors, *numbers, save)[0]  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _run_reference(tensors: tuple[Any, ...], options: Options) -> Tensor:
-    x, condition, condition_cu_seqlens = tensors[0], tensors[3], tensors[13]
-    if options.source == "tokens" and condition_cu_seqlens is None:
-        condition = as_tokens(condition)
-    arguments: list[Any] = [*tensors[:3], condition, *tensors[4:], options]
-    with no_autocast(x.device):
-        return reference.forward(*arguments)
+    if not _differentiated(*tensors[:9], base):
+        return ops.BACKENDS[where].ops.forward(*tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
+    save = 0
+    if not ops.BACKENDS[where].kernels and _differentiated(*tensors[:9]):
+        encodes = source in ("tokens", "in_sequence")
+        projection = (A, b_down) if C is None else (C, b_C)
+        through = (x if source == "in_sequence" else condition, *projection)
+        save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
+    return _Routed.apply(where, *tensors, *numbers, save)[0]  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -443,54 +437,60 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 
 
 class _Routed(torch.autograd.Function):
-    """routed_peft::forward and routed_peft::backward as one differentiable node."""
+    """The ops forward and backward of a backend as one differentiable node. ``args``: the backend's name, the 16
+    tensors and 13 numbers of forward, and what it shall save."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.routed_peft.forward(*args)
+    def forward(where: str, *args: Any) -> Any:
+        return ops.BACKENDS[where].ops.forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, t, state, kept = output
         ctx.mark_non_differentiable(t, state, kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, state, kept, *inputs[:15])
-        ctx.numbers = inputs[15:-1]
+        ctx.where = inputs[0]
+        ctx.save_for_backward(t, state, kept, *inputs[1:16])  # all but base
+        ctx.numbers = inputs[17:-1]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *unused: Any) -> Any:
         if dout is None:
-            return (None,) * 29
-        t, state, kept, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:9]
-        arguments = (_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
-        gradients = _once(torch.ops.routed_peft.backward, *arguments)
-        return (*_needed(gradients, needs), *(None,) * 20)
+            return (None,) * 31
+        needs = ctx.needs_input_grad[1:10]
+        gradients: Sequence[Tensor | None] = (None,) * 9
+        if any(needs):
+            t, state, kept, *inputs = ctx.saved_tensors
+            arguments = (_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
+            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward, *arguments), needs)
+        return (None, *gradients, *(None,) * 6, dout if ctx.needs_input_grad[16] else None, *(None,) * 14)
 
 
 class _Encode(torch.autograd.Function):
-    """routed_peft::encode and routed_peft::encode_backward as one differentiable node; returns the state."""
+    """The ops encode and encode_backward of a backend as one differentiable node; returns the state."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return torch.ops.routed_peft.encode(*args, True)
+    def forward(where: str, *args: Any) -> Any:
+        backend = ops.BACKENDS[where]
+        return backend.ops.encode(*args, not backend.kernels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], *inputs[:4])
-        ctx.numbers = inputs[4:]
+        ctx.where = inputs[0]
+        ctx.save_for_backward(output[1], *inputs[1:5])
+        ctx.numbers = inputs[5:]
 
     @staticmethod
     def backward(ctx: Any, dstate: Tensor | None, *unused: Any) -> Any:
         if dstate is None:
-            return (None,) * 8
+            return (None,) * 9
         kept, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[1:4]
         arguments = (_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
-        gradients = _once(torch.ops.routed_peft.encode_backward, *arguments)
-        return (*_needed(gradients, needs), *(None,) * 5)
+        gradients = _once(ops.BACKENDS[ctx.where].ops.encode_backward, *arguments)
+        return (None, *_needed(gradients, needs), *(None,) * 5)
 
 
 class _Once(torch.autograd.Function):

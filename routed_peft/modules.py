@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from . import functional, reference
+from . import functional, ops, reference
 from .delivery import Delivered, Slot
 from .errors import ConditionShapeError, MissingConditionError, StaleStateError, UnsupportedError
 from .reference import Options
 from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
 from .state import ConditionState
 
-BACKENDS = ("auto", "cpu", "cuda", "reference")
 MISSING = ("error", "base", "lora")
 
 
@@ -36,7 +35,7 @@ class RoutedLayer(nn.Module):
         resolve_pool(routing, condition_pool)
         self.condition_scale = one_of("condition_scale", condition_scale, SCALES)
         self.missing = one_of("missing", missing, MISSING)
-        self.backend = one_of("backend", backend, BACKENDS)
+        self.backend = one_of("backend", backend, ("auto", *ops.BACKENDS, "reference"))
         self.condition_source = "external"
         self.name = ""  # the path in the model, set by attach; for error texts
         self.slot: Slot | None = None  # where the model's condition is delivered, set by attach or condition()
@@ -282,14 +281,14 @@ class RoutedLoRA(RoutedLayer):
             out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
             return out if given is not None else self._touch(out, c)
         base: Tensor = self.base_layer(x)
-        update = functional.apply(
-            self.label, x, self.lora_A, y, self.lora_B, c, out_features=self.out_features, **options
-        )
-        # The update is a tensor of our own making, so it is the one to write into; the base layer's output may be
-        # something its own backward, a hook or a cache still reads.
-        if type(base) is Tensor and base.dtype == update.dtype and base.shape == update.shape:
-            out = update.add_(base)
+        options["out_features"] = self.out_features
+        wanted = (*x.shape[:-1], self.out_features)
+        if type(base) is Tensor and base.dtype == functional.compute_dtype(x) and base.shape == wanted:
+            # Read once and written to a tensor of our own: the base layer's output may be something its own backward,
+            # a hook or a cache still reads.
+            out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, base=base, **options)
         else:
+            update = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, **options)
             out = base + update.to(base.dtype).reshape(base.shape)
         return out if given is not None else self._touch(out, c)
 

@@ -10,18 +10,27 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import recompute
 from .errors import UnsupportedError
-from .routes import ACTIVATIONS, ROUTES, state_kind
+from .routes import ACTIVATIONS, ROUTES, SOURCES, state_kind
 
-SOURCES = {"none": 0, "tokens": 1, "state": 2, "in_sequence": 3}
 _CODE_OF = {route.code: name for name, route in ROUTES.items()}
 _POOL_OF = {0: "none", 1: "mean", 2: "first"}
 RANK_ONE = ("expand", "gram", "ones")  # with a pooled condition: Z = c vᵀ for one number c a row
+
+
+def _built_with() -> Any:
+    """What setup.py noted down, or None where it was not run."""
+    try:
+        return importlib.import_module("._built_with", __package__)
+    except ImportError:
+        return None
 
 
 def _load() -> tuple[Any, str]:
@@ -29,9 +38,8 @@ def _load() -> tuple[Any, str]:
     try:
         return importlib.import_module("._C", __package__), ""
     except ImportError as error:
-        try:
-            built = importlib.import_module("._built_with", __package__)
-        except ImportError:
+        built = _built_with()
+        if built is None:
             return None, f"the C++ extension was not built ({error})"
         return None, (
             f"the C++ extension was built for torch {built.TORCH} with CUDA {built.CUDA}, and this is torch "
@@ -40,13 +48,48 @@ def _load() -> tuple[Any, str]:
 
 
 extension, why_missing = _load()
+_built: dict[str, Any] = {} if extension is None else extension.build_info()
+
+# What the CUDA kernels take (csrc/kernels/launch.h).
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_WIDTH, KERNEL_SLICES = 256, 16
+KERNEL_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Who computes, other than the definition.
+
+    Attributes:
+        device: the type of device its tensors lie on.
+        ops: where its ops are.
+        kernels: these are the CUDA kernels, with their limits; their backward is ``recompute``'s.
+    """
+
+    device: str
+    ops: Any
+    kernels: bool
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", torch.ops.routed_peft, False),
+    "cuda": Backend("cuda", torch.ops.routed_peft, True),
+}
 
 
 def build_info() -> dict[str, Any]:
     """What was built: versions of routed_peft's extension, compiler, instruction sets, CUDA and kernel limits."""
     if extension is None:
         return {"extension": False, "reason": why_missing}
-    return {"extension": True, **extension.build_info()}
+    info = {"extension": True, **extension.build_info()}
+    if info["cuda"]:
+        built = _built_with()
+        info["cuda_version"], info["cuda_archs"] = built.CUDA, built.CUDA_ARCHS
+        info["cuda_widths"] = (1, KERNEL_WIDTH)
+        info["cuda_slices"] = (1, KERNEL_SLICES)
+        info["cuda_dtypes"] = tuple(map(_short, KERNEL_DTYPES))
+        info["cuda_by_torch"] = {"base layer": "the vendor's product", "backward": "the definition, recomputed"}
+    return info
 
 
 def supports(routing: str, width: int, dtype: torch.dtype, device: torch.device | str) -> tuple[bool, str]:
@@ -60,39 +103,66 @@ def supports(routing: str, width: int, dtype: torch.dtype, device: torch.device 
     """
     if routing not in ROUTES:
         return False, f"unknown routing {routing!r}"
-    if routing == "gram_reshape":
-        return False, "routing 'gram_reshape' exists in the reference backend only"
-    if extension is None:
-        return False, why_missing
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return False, f"dtype {dtype} is not a floating-point type the ops know"
     if width < 1:
         return False, f"width {width} is not positive"
-    kind = torch.device(device).type
-    if kind in ("cpu", "meta"):
-        return True, ""
-    return False, f"this version has no kernels for {kind}"
+    device = torch.device(device)
+    reason = _refusal("cpu" if device.type == "meta" else device.type, routing, width, 1, dtype, device)
+    return not reason, reason
+
+
+def _refusal(where: str, routing: str, width: int, slices: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why backend ``where`` cannot serve such a call; empty if it can."""
+    if routing == "gram_reshape":
+        return "routing 'gram_reshape' exists in the reference backend only"
+    if extension is None:
+        return why_missing
+    if where not in BACKENDS:
+        return f"this version has no kernels for {where}"
+    if not BACKENDS[where].kernels:
+        known = dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        return "" if known else f"dtype {dtype} is not a floating-point type the ops know"
+    if where == "cuda" and not _built["cuda"]:
+        return "the C++ extension was built without CUDA"
+    if dtype not in KERNEL_DTYPES:
+        supported = ", ".join(map(_short, KERNEL_DTYPES))
+        return f"dtype {_short(dtype)} is not supported by the CUDA kernels (supported: {supported})"
+    if width > KERNEL_WIDTH:
+        return f"width {width} is not supported by the CUDA kernels for {_short(dtype)} (supported: 1..{KERNEL_WIDTH})"
+    if slices > KERNEL_SLICES:
+        return f"{slices} output slices are not supported by the CUDA kernels (supported: 1..{KERNEL_SLICES})"
+    return "" if where != "cuda" or torch.compiler.is_compiling() else _old_gpu(device)
+
+
+@functools.cache
+def _old_gpu(device: torch.device) -> str:
+    found = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else KERNEL_CAPABILITY
+    if found >= KERNEL_CAPABILITY:
+        return ""
+    needed, has = (".".join(map(str, version)) for version in (KERNEL_CAPABILITY, found))
+    return f"routed_peft's CUDA kernels need compute capability {needed} or newer, this GPU has {has}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _told: set[str] = set()
 
 
-def resolve_backend(backend: str, routing: str, width: int, x: Tensor) -> str:
-    """Who computes this call: "cpu" or "reference". Falling back under "auto" is told once."""
+def resolve_backend(backend: str, routing: str, width: int, slices: int, x: Tensor) -> str:
+    """Who computes this call: a name in BACKENDS or "reference". Falling back under "auto" is told once."""
     if backend == "reference":
         return backend
-    device = x.device.type
-    ok, reason = supports(routing, width, x.dtype, device)
-    if backend in ("cpu", "cuda"):
-        if device != backend and device != "meta":
-            raise UnsupportedError(
-                f"backend={backend!r} was asked for, and the input is on {x.device}; use backend='auto'"
-            )
-        if not ok:
-            raise UnsupportedError(f"backend={backend!r}: {reason}; use backend='auto'")
-        return backend
-    if ok:
-        return "cpu"
+    device = x.device
+    meta = device.type == "meta"  # shapes alone, which are the same everywhere
+    where = backend if backend != "auto" else "cpu" if meta else device.type
+    if backend != "auto" and not meta and device.type != BACKENDS[backend].device:
+        raise UnsupportedError(f"backend={backend!r} was asked for, and the input is on {device}; use backend='auto'")
+    reason = _refusal("cpu" if meta else where, routing, width, slices, x.dtype, device)
+    if not reason:
+        return where
+    if backend != "auto":
+        raise UnsupportedError(f"backend={backend!r}: {reason}; use backend='auto'")
     if reason not in _told and not torch.compiler.is_compiling():
         _told.add(reason)
         warnings.warn(f"routed_peft uses the plain torch reference backend: {reason}", stacklevel=4)
@@ -135,6 +205,7 @@ def _forward_fake(
     cu_seqlens: Tensor | None,
     condition_cu_seqlens: Tensor | None,
     seed: Tensor | None,
+    base: Tensor | None,
     samples: int,
     routing: int,
     source: int,
@@ -241,12 +312,21 @@ def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
     )
 
 
-if extension is not None:
-    for _name, _fake in (
+def register(namespace: str, recomputed_on: str | None = None) -> None:
+    """Give the ops of ``namespace`` their shapes and the formula that raises; and on the device type
+    ``recomputed_on`` their backward ops, where those are not kernels."""
+    for name, fake in (
         ("forward", _forward_fake),
         ("backward", _backward_fake),
         ("encode", _encode_fake),
         ("encode_backward", _encode_backward_fake),
     ):
-        torch.library.register_fake(f"routed_peft::{_name}", _on_one_device(_fake))
-        torch.library.register_autograd(f"routed_peft::{_name}", refuse_gradient)
+        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
+        torch.library.register_autograd(f"{namespace}::{name}", refuse_gradient)
+    if recomputed_on is not None:
+        torch.library.impl(f"{namespace}::backward", recomputed_on, recompute.backward)
+        torch.library.impl(f"{namespace}::encode_backward", recomputed_on, recompute.encode_backward)
+
+
+if extension is not None:
+    register("routed_peft", "cuda" if _built["cuda"] else None)

@@ -13,7 +13,8 @@ width. Unless ``groups`` is 1, the R columns are ``groups`` independent bottlene
     out = base + s · act(ρ(T, V)) B̂ᵀ           B̂ is block-diagonal over the output slices
 """
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,7 @@ def forward(
     cu_seqlens: Tensor | None,
     condition_cu_seqlens: Tensor | None,
     seed: Tensor | None,
+    base: Tensor | None,
     options: Options,
 ) -> Tensor:
     """The routed layer: x [..., d] -> [..., o]. ``functional`` says what each argument is and checks it."""
@@ -277,8 +279,37 @@ def forward(
         out = F.linear(x, weight, None if bias is None else bias.to(x.dtype)) + out
     elif bias is not None:
         out = out + bias.to(x.dtype)
+    if base is not None:
+        out = base + out
     return x + out if options.residual else out
 
 
 def _accumulate_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ as the backend
+def as_tokens(y: Tensor) -> Tensor:
+    """[B, d_c] -> [B, 1, d_c]."""
+    return y[:, None] if y.dim() == 2 else y
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on ``device``; the meta device has none, and asking for it there is an error."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def run(tensors: tuple[Any, ...], options: Options) -> Tensor:
+    """``forward`` with the tensors of the op of that name."""
+    x, condition, condition_cu_seqlens = tensors[0], tensors[3], tensors[13]
+    if options.source == "tokens" and condition_cu_seqlens is None:
+        condition = as_tokens(condition)
+    arguments: list[Any] = [*tensors[:3], condition, *tensors[4:], options]
+    with no_autocast(x.device):
+        return forward(*arguments)
+
+
+def run_encode(y: Tensor, c: Tensor, b_c: Tensor | None, mask: Tensor | None, options: Options) -> Tensor:
+    """``encode_condition`` with the tensors of the op ``encode``."""
+    with no_autocast(y.device):
+        return encode_condition(as_tokens(y), c, b_c, mask, None, None, options)

@@ -41,6 +41,7 @@ ROUTES = {
 }
 POOLS = {"none": 0, "mean": 1, "first": 2}
 SCALES = {"none": 0, "tokens": 1}
+SOURCES = {"none": 0, "tokens": 1, "state": 2, "in_sequence": 3}
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 

@@ -1,10 +1,13 @@
 """One description of a routed call, and how to run it on any backend: what the operator's tests are written in."""
 
+import os
 from dataclasses import dataclass
 
+import emulated
+import pytest
 import torch
 
-from routed_peft import functional
+from routed_peft import build_info, functional
 from routed_peft.routes import ROUTES
 
 ROUTED = [name for name in ROUTES if name not in ("none", "gram_reshape")]
@@ -12,9 +15,49 @@ EVERY = ["none", *ROUTED]
 OUT, SLICES = 10, [(0, 3), (6, 10)]
 
 
+class Backend(str):
+    """Who computes, with what its tests have to know. On "emulated" and "cuda" the forward is the CUDA kernels."""
+
+    @property
+    def kernels(self):
+        return self in ("emulated", "cuda")
+
+    @property
+    def device(self):
+        return "cuda" if self == "cuda" else "cpu"
+
+    @property
+    def dtype(self):
+        """The one that shows errors best."""
+        return torch.float32 if self.kernels else torch.float64
+
+    @property
+    def close(self):
+        """How near two ways of computing the same thing must come in it, as ``worst`` measures."""
+        return 2e-5 if self.kernels else 1e-11
+
+    def ready(self):
+        """Self, where this machine can; otherwise the test is skipped."""
+        if self == "emulated":
+            emulated.load()
+        if self == "cuda":
+            why = None if build_info()["cuda"] else "the extension was built without CUDA"
+            why = why if torch.cuda.is_available() else "torch finds no GPU"
+            if why and os.environ.get("ROUTED_PEFT_REQUIRE_CUDA") == "1":
+                pytest.fail(f"ROUTED_PEFT_REQUIRE_CUDA=1, and {why}")
+            if why:
+                pytest.skip(f"cuda: {why}")
+        return self
+
+    def take(self, tensors):
+        """A dict of tensors where this backend computes."""
+        return {k: v.to(self.device) for k, v in tensors.items()}
+
+
 @dataclass
 class Case:
-    """A call with random tensors. ``form``: "lora", "linear", "adapter" or "state" (encode, then lora)."""
+    """A call with random tensors. ``form``: "lora", "linear", "adapter", "base" (a foreign layer's output) or "state"
+    (encode, then lora)."""
 
     routing: str
     form: str = "linear"
@@ -63,6 +106,8 @@ class Case:
             t["W"], t["bias"] = random(out, d, scale=d**-0.5), random(out)
         if self.form == "adapter":
             t["b_down"], t["b_up"] = random(self.width, scale=0.3), random(out)
+        if self.form == "base":
+            t["base"] = random(*t["x"].shape[:-1], out)
         if self.routing != "none" and not self.in_sequence:
             d_c = d if self.d_c is None else self.d_c
             t["y"] = random(*((conditions * m,) if self.varlen else (conditions, m)), d_c)
@@ -71,7 +116,7 @@ class Case:
                 if self.form == "adapter":
                     t["b_C"] = random(self.width, scale=0.3)
         if self.parameter_dtype is not None:
-            t = {k: v if k in ("x", "y", "W") else v.to(self.parameter_dtype) for k, v in t.items()}
+            t = {k: v if k in ("x", "y", "W", "base") else v.to(self.parameter_dtype) for k, v in t.items()}
 
         constant = {}
         if self.masked or self.in_sequence:
@@ -95,9 +140,14 @@ class Case:
         return t, constant
 
     def run(self, t, constant, backend, seed=5):
-        """The output [.., o] for the tensors ``t``."""
+        """The output [.., o] for the tensors ``t``: computed where ``backend`` computes, returned on the CPU."""
+        backend = Backend(backend)
+        out = self._call(backend.take(t), backend.take(constant), backend, torch.tensor([seed], device=backend.device))
+        return out.cpu()
+
+    def _call(self, t, constant, backend, seed):
         options = dict(routing=self.routing, pool=self.pool, scale=self.scale, backend=backend, **constant)
-        options |= dict(dropout_p=self.dropout, seed=torch.tensor([seed]))
+        options |= dict(dropout_p=self.dropout, seed=seed)
         y, c = t.get("y"), t.get("C")
         if self.form == "adapter":
             options |= dict(activation=self.activation, residual=True)
@@ -108,12 +158,19 @@ class Case:
         if self.form == "linear":
             return functional.routed_linear(t["x"], t["W"], t["bias"], y, t["A"], t["B"], c, **options)
         options["out_features"] = self.out
+        if self.form == "base":
+            return functional.apply("routed_lora", t["x"], t["A"], y, t["B"], c, base=t["base"], **options)
         if self.form == "state":
             y = functional.encode_condition(
                 y, t["A"] if c is None else c, routing=self.routing, mask=options.pop("mask", None), pool=self.pool,
                 scale=self.scale, groups=1 if self.across or not self.slices else len(SLICES), backend=backend,
             )  # fmt: skip
         return functional.routed_lora(t["x"], t["A"], y, t["B"], c, **options)
+
+    def exact(self, t, constant, seed=5):
+        """The definition in float64 of the tensors as they are rounded."""
+        with torch.no_grad():
+            return self.run({k: v.double() for k, v in t.items()}, constant, "reference", seed)
 
     def gradients(self, backend, seed=0, dtype=None):
         """The output and the gradient of a random weighting of it, by name; in ``dtype`` if given."""

@@ -1,5 +1,6 @@
 """Bad arguments: each raises an error that names the argument and both sizes; nothing is lost or silently wrong."""
 
+import re
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from cases import Case, worst
 
 import routed_peft as rp
-from routed_peft import ConditionShapeError, StaleStateError, functional, ops
+from routed_peft import ConditionShapeError, StaleStateError, UnsupportedError, functional, ops
 
 X, Y = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
 A, B, C = torch.randn(3, 6), torch.randn(10, 3), torch.randn(3, 6)
@@ -20,6 +21,10 @@ def lora(x=X, y=Y, a=A, b=B, c=None, routing="mul", **options):
 def adapter(**changed):
     arguments = dict(down=A, b_down=torch.zeros(3), up=torch.randn(6, 3), b_up=torch.zeros(6)) | changed
     return functional.routed_adapter(X, Y, routing="mul", **arguments)
+
+
+def onto(base, **options):
+    return functional.apply("layer", X, A, Y, B, None, routing="mul", scaling=1.0, base=base, **options)
 
 
 META = torch.device("meta")
@@ -47,6 +52,12 @@ WRONG = {
         lambda: functional.encode_condition(Y, C, routing="mul", b_C=torch.zeros(4)),
         r"b_C must be \[3\], got \(4,\)",
     ),
+    "base shape": (
+        lambda: onto(torch.randn(2, 4, 10)),
+        r"base must be torch.float32 \(2, 5, 10\), got .* \(2, 4, 10\)",
+    ),
+    "base dtype": (lambda: onto(torch.randn(2, 5, 10).half()), "base must be torch.float32 .*, got torch.float16"),
+    "base device": (lambda: onto(torch.randn(2, 5, 10, device=META)), "base is on meta"),
     "residual": (lambda: adapter(up=torch.randn(7, 3), b_up=None), "as many outputs as inputs, got 7 and 6"),
     "seed dtype": (lambda: lora(dropout_p=0.5, seed=torch.zeros(1)), r"seed must be int64 \[1\]"),
     "seed size": (lambda: lora(dropout_p=0.5, seed=torch.zeros(2, dtype=torch.int64)), r"seed must be int64 \[1\]"),
@@ -104,6 +115,74 @@ def test_a_fallback_is_told_once(monkeypatch):
         layer(X, Y)
 
 
+LIMITS = [
+    (300, 1, torch.bfloat16, r"width 300 is not supported by the CUDA kernels for bfloat16 \(supported: 1..256\)"),
+    (8, 17, torch.float32, r"17 output slices are not supported by the CUDA kernels \(supported: 1..16\)"),
+    (
+        8,
+        1,
+        torch.float64,
+        r"dtype float64 is not supported by the CUDA kernels \(supported: bfloat16, float16, float32\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("width, slices, dtype, text", LIMITS, ids=str)
+def test_what_the_kernels_do_not_take(kernels, monkeypatch, width, slices, dtype, text):
+    x = torch.randn(2, 5, 6, dtype=dtype, device=kernels.device)
+    a, b = (t.to(x.device, dtype) for t in (torch.randn(width * slices, 6), torch.randn(slices, width)))
+    options = dict(routing="none", scaling=1.0, out_slices=[(i, i + 1) for i in range(slices)])
+    with pytest.raises(UnsupportedError, match=f"{text}; use backend='auto'"):
+        functional.routed_lora(x, a, None, b, backend=kernels, **options)
+    if kernels == "emulated":  # as if it were what such tensors always go to
+        monkeypatch.setitem(ops.BACKENDS, "cpu", ops.BACKENDS["emulated"])
+    monkeypatch.setattr(ops, "_told", set())
+    with pytest.warns(UserWarning, match=f"plain torch reference backend: {text}"):
+        functional.routed_lora(x, a, None, b, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functional.routed_lora(x, a, None, b, **options)
+
+
+def test_supports_speaks_of_kernels(monkeypatch):
+    assert rp.supports("gram", 300, torch.float64, "cpu") == (True, "")
+    monkeypatch.setitem(ops._built, "cuda", False)
+    assert rp.supports("gram", 8, torch.bfloat16, "cuda") == (False, "the C++ extension was built without CUDA")
+    monkeypatch.setitem(ops._built, "cuda", True)
+    monkeypatch.setattr(ops, "_old_gpu", lambda device: "")
+    assert rp.supports("gram", 256, torch.bfloat16, "cuda:1") == (True, "")
+    for width, slices, dtype, text in LIMITS:
+        if slices == 1:
+            assert re.match(text, rp.supports("gram", width, dtype, "cuda")[1])
+    monkeypatch.setattr(ops, "_old_gpu", lambda device: f"old {device}")
+    assert rp.supports("gram", 8, torch.float16, "cuda:0") == (False, "old cuda:0")
+    assert rp.supports("gram", 8, torch.float32, "mps")[1] == "this version has no kernels for mps"
+    assert not rp.supports("gram_reshape", 8, torch.float32, "cuda")[0]
+
+
+def test_build_info_says_what_cuda_serves(monkeypatch):
+    class Built:
+        CUDA, CUDA_ARCHS = "13.0", "8.0;9.0a;12.0+PTX"
+
+        @staticmethod
+        def build_info():
+            return {"cuda": True}
+
+    monkeypatch.setattr(ops, "extension", Built)
+    monkeypatch.setattr(ops, "_built_with", lambda: Built)
+    info = rp.build_info()
+    assert info["cuda_version"] == "13.0" and info["cuda_archs"] == "8.0;9.0a;12.0+PTX"
+    assert info["cuda_widths"] == (1, 256) and info["cuda_dtypes"] == ("bfloat16", "float16", "float32")
+    assert info["cuda_by_torch"]["backward"] == "the definition, recomputed"
+
+
+def test_an_old_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    needed = "routed_peft's CUDA kernels need compute capability 8.0 or newer, this GPU has 7.5"
+    assert ops._old_gpu.__wrapped__(torch.device("cuda:0")) == needed
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}], ids=str)
 def test_no_optimizer_step_goes_unseen(optimizer, kind):
@@ -134,19 +213,19 @@ def test_weights_of_another_dtype_are_cast():
 
 def test_one_condition_token_beside_a_flat_input(backend):
     """pool="none" pairs tokens, and one token pairs with all of them, flat or not."""
-    case = Case("mul", "lora")
-    t, _ = case.tensors()
+    t = backend.take(Case("mul", "lora", dtype=backend.dtype).tensors()[0])
     flat = dict(routing="mul", scaling=1.0, pool="none", backend=backend)
-    y = t["y"][:, 0]
-    got = functional.routed_lora(t["x"].flatten(0, 1), t["A"], y, t["B"], cu_seqlens=torch.tensor([0, 5, 10]), **flat)
-    assert worst(got.view(2, 5, -1), functional.routed_lora(t["x"], t["A"], y, t["B"], **flat)) < 1e-12
+    y, offsets = t["y"][:, 0], torch.tensor([0, 5, 10], device=backend.device)
+    got = functional.routed_lora(t["x"].flatten(0, 1), t["A"], y, t["B"], cu_seqlens=offsets, **flat)
+    assert worst(got.view(2, 5, -1), functional.routed_lora(t["x"], t["A"], y, t["B"], **flat)) < backend.close
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 6), (0, 6)])
 def test_no_sample_at_all(backend, shape):
     """An empty batch beside conditions that nobody uses: an empty output, and gradients of zero."""
-    leaves = [t.clone().requires_grad_() for t in (torch.randn(shape), A, Y, B)]
-    out = lora(leaves[0], leaves[2], leaves[1], leaves[3], index=torch.zeros(0, dtype=torch.int64), backend=backend)
+    leaves = [t.clone().to(backend.device).requires_grad_() for t in (torch.randn(shape), A, Y, B)]
+    nobody = torch.zeros(0, dtype=torch.int64, device=backend.device)
+    out = lora(leaves[0], leaves[2], leaves[1], leaves[3], index=nobody, backend=backend)
     assert out.shape == (*shape[:-1], 10)
     out.sum().backward()
     assert all(t.grad is None or not t.grad.any() for t in leaves)
@@ -157,7 +236,9 @@ def raw(routing=4, source=1, **changed):
     """Arguments of torch.ops.routed_peft.backward for a gram call, and its saved tensors."""
     tensors = [X, A, B, Y, None, None, None, None, None, None, None, None, None, None, None]
     numbers = [2, routing, source, 0, 1, 1, [], 10, 1.0, 0.0, 0.0, 0, False]
-    saved = dict(zip(("out", "T", "state", "kept"), torch.ops.routed_peft.forward(*tensors, *numbers, 2), strict=True))
+    saved = dict(
+        zip(("out", "T", "state", "kept"), torch.ops.routed_peft.forward(*tensors, None, *numbers, 2), strict=True)
+    )
     saved["dout"] = torch.randn_like(saved.pop("out"))
     saved |= changed
     return saved["dout"], saved["T"], saved["state"], saved["kept"], *tensors, *numbers

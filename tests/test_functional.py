@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import EVERY, ROUTED, Case, worst
 
+from routed_peft.ops import KERNEL_DTYPES
 from routed_peft.routes import ROUTES
 
 
@@ -26,12 +27,14 @@ def variants():
             else:
                 yield Case(routing, masked=True, scale="none", **form)
                 yield Case(routing, pool="first", masked=True, **form)
+        yield Case(routing, "base", d_c=4)
         for activation in ("gelu", "gelu_tanh", "relu", "silu", "none"):
             yield Case(routing, "adapter", activation=activation)
             if routing != "none":
                 yield Case(routing, "adapter", activation=activation, d_c=4, masked=True)
         if routing == "none":
             continue
+        yield Case(routing, "base", slices=True, pool="mean")
         yield Case(routing, "state", slices=True)
         yield Case(routing, "state", index=(1, 0, 1), batch=3, pool="mean", masked=True, d_c=4)
         for pool in ("auto", "mean", "none"):
@@ -74,6 +77,25 @@ def test_cpu_is_the_reference(case, dropout):
     agree(dataclasses.replace(case, dropout=dropout))
 
 
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_kernels_are_the_definition(case, kernels):
+    """Values in every dtype the kernels know, from parameters of it and of float32, with dropout and without."""
+    for dropout, dtype, parameters in itertools.product((0.0, 0.3), KERNEL_DTYPES, (None, torch.float32)):
+        if dtype != parameters:
+            right(dataclasses.replace(case, dropout=dropout, dtype=dtype, parameter_dtype=parameters), kernels)
+
+
+@pytest.mark.parametrize("case", VARIANTS[::3], ids=str)
+def test_gradients_of_kernels_are_the_definitions(case, kernels):
+    """Recomputed from the same inputs and the same seed, they are those of the reference backend, to the last bit."""
+    case = dataclasses.replace(case, dropout=0.3, dtype=torch.float32)
+    want, got = case.gradients("reference"), case.gradients(kernels)
+    same = kernels.device == "cpu" and case.form != "state"  # which is one more input, and made by the kernels
+    for name in want:
+        if name != "out" and want[name] is not None:
+            assert worst(got[name], want[name]) <= (0 if same else kernels.close), name
+
+
 @pytest.mark.parametrize("routing", ROUTED)
 @pytest.mark.parametrize("r", [1, 3, 12, 16, 100, 256])
 @pytest.mark.parametrize("n, m", [(0, 7), (7, 0), (1, 63), (63, 65), (65, 1), (64, 64)])
@@ -84,12 +106,48 @@ def test_odd_shapes(routing, r, n, m):
         agree(Case(routing, "lora", n=n, m=n, r=r, d=13, pool="none", masked=True))
 
 
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("routing", EVERY)
+@pytest.mark.parametrize("r", [1, 12, 33, 100, 256])
+def test_odd_shapes_on_kernels(routing, r, kernels):
+    for n, m in ((0, 7), (7, 0), (1, 63), (63, 65), (65, 1), (130, 64)):
+        case = Case(routing, "lora", n=n, m=m, r=r, d=13, d_c=None if routing == "none" else 11, masked=m > 0)
+        for dtype in (torch.float32, torch.bfloat16):
+            right(dataclasses.replace(case, dtype=dtype), kernels)
+            if n and ROUTES[routing].state == "tokens":
+                right(dataclasses.replace(case, dtype=dtype, m=n, pool="none", masked=True), kernels)
+
+
 @pytest.mark.parametrize("routing", ["gram", "gram_relu"])
 def test_both_gram_orders(routing):
     """R far above and far below 2NM/(N+M): T (VᵀV) and (T Vᵀ) V are the same function."""
     for r, n, m in ((100, 7, 9), (4, 200, 300), (90, 300, 20)):
         for options in ({}, {"masked": True, "index": (1, 0, 1), "batch": 3}, {"slices": True}, {"in_sequence": True}):
             agree(Case(routing, "lora", n=n, m=m, r=r, d=13, **options))
+
+
+@pytest.mark.parametrize("routing", ["gram", "gram_relu"])
+def test_both_gram_orders_on_kernels(routing, kernels):
+    for r, n, m in ((100, 7, 9), (4, 200, 300), (90, 300, 20)):
+        for options in ({}, {"masked": True, "index": (1, 0, 1), "batch": 3}, {"slices": True}, {"in_sequence": True}):
+            for dtype in KERNEL_DTYPES:
+                right(Case(routing, "lora", r=r, n=n, m=m, d=13, dtype=dtype, **options), kernels)
+
+
+def right(case, backend, seed=0):
+    """The output is the float64 definition's of the same rounded inputs: in float32 to its precision, in a shorter
+    dtype as nearly as the definition itself computed in it, or to a few roundings."""
+    t, constant = case.tensors(seed)
+    want = case.exact(t, constant)
+    with torch.no_grad():
+        got = case.run(t, constant, backend)
+        assert got.shape == want.shape and got.dtype == case.dtype
+        if case.dtype == torch.float32:
+            assert worst(got, want) < backend.close, case
+        elif want.numel():
+            theirs = (case.run(t, constant, "reference").double() - want).norm()
+            limit = max(1.5 * theirs, 8 * torch.finfo(case.dtype).eps * want.norm())
+            assert (got.double() - want).norm() <= limit, case
 
 
 def agree(case, tolerance=1e-11):

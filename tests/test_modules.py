@@ -173,7 +173,9 @@ def test_autocast_is_the_base_layer_s_business(base):
         assert not may_read_weight(base, x)
         out = layer(x, y)
         assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out, base(x) + update_of(layer, x, y))
+        update = update_of(layer, x, y)  # rounded, which the layer's own is not before the sum
+        atol = update.abs().max().item() * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(out, base(x) + update, rtol=1.6e-2, atol=atol)
     assert may_read_weight(base, x)
 
 

@@ -4,112 +4,42 @@ import copy
 
 import pytest
 import torch
+from calls import CASES, TENSORS, assert_fake_is_real, forward_call
 from layers import DC, NAMES, OUT, B, D, M, N, R, adapter, assert_same, inputs, linear_leaves, lora, results
 from tiny_models import awaken
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import routed_peft as rp
 from routed_peft import functional
-from routed_peft.ops import SOURCES
-from routed_peft.routes import ACTIVATIONS, POOLS, ROUTES
+from routed_peft.routes import POOLS, ROUTES
 
 OPS = torch.ops.routed_peft
 NO_DERIVATIVE = "no derivative of its own"
 
 
 # ------------------------------------------------------------------------------------------------ the four ops
-def forward_arguments(
-    routing="gram", source="tokens", pool="none", *, m=M, dropout=0.0, slices=(), groups=1, bias_down=False,
-    activation="none", flat=False, dtype=torch.float32, residual=False,
-):  # fmt: skip
-    """The arguments of ``forward`` but ``save``: no gradients wanted, which is how opcheck takes the ops."""
-    width, out = R * max(len(slices) // 2, 1), D if residual else OUT
-    rows = sum(b - a for a, b in zip(slices[::2], slices[1::2], strict=True)) or out
-
-    def given(*shape, wanted=True):
-        return torch.randn(*shape, dtype=dtype) if wanted else None
-
-    projected = source == "tokens"
-    x, y = given(B * N, D) if flat else given(B, N, D), given(B * m, DC) if flat else given(B, m, DC)
-    C, b_C = given(width, DC, wanted=projected), given(width, wanted=projected and bias_down)
-    numbers = (ROUTES[routing].code, POOLS[pool], 1, groups)
-    condition = y if projected else None
-    if source == "state":
-        condition = OPS.encode(y, given(width, DC), None, None, *numbers, False)[0]
-    mask = torch.tensor([[True, False, True, True, False]] * B) if source == "in_sequence" else None
-    offsets = torch.tensor([0, 1, B * N]) if flat else None
-    condition_offsets = torch.tensor([0, 2, B * m]) if flat and projected else None
-    seed = torch.tensor([7]) if dropout else None
-    tensors = (
-        x, given(width, D), given(rows, R), condition, C, given(out, D), given(out),
-        given(width, wanted=bias_down), b_C, mask if mask is None or not flat else mask.flatten(), None, None,
-        offsets, condition_offsets, seed,
-    )  # fmt: skip
-    return *tensors, *(
-        B, numbers[0], SOURCES[source], *numbers[1:], list(slices), out, 0.5, dropout, dropout if projected else 0.0,
-        ACTIVATIONS[activation], residual,
-    )  # fmt: skip
-
-
-CASES = {
-    "none": {"routing": "none", "source": "none"},
-    "matrix": {},
-    "matrix, dropout": {"dropout": 0.3},
-    "matrix, flat": {"flat": True},
-    "matrix, bfloat16": {"dtype": torch.bfloat16},
-    "matrix, float64": {"dtype": torch.float64},
-    "gram_relu": {"routing": "gram_relu"},
-    "rank one, pooled": {"pool": "mean"},
-    "rank one, single token": {"m": 1, "dropout": 0.3},
-    "rank one, expand": {"routing": "expand", "pool": "first", "dtype": torch.bfloat16},
-    "rank one, ones": {"routing": "ones"},
-    "rank one, slices": {"pool": "mean", "slices": (0, 8, 16, 24), "groups": 2, "dropout": 0.3},
-    "rank one, state": {"source": "state", "pool": "mean"},
-    "vector": {"routing": "add", "pool": "mean"},
-    "vector, no rank one": {"pool": "mean", "bias_down": True, "activation": "gelu", "residual": True},
-    "vector, float16": {"routing": "cross_gram", "pool": "mean", "dropout": 0.3, "dtype": torch.float16},
-    "tokens": {"routing": "mul", "m": N},
-    "tokens, state": {"routing": "mul", "source": "state", "m": N},
-    "matrix, state": {"source": "state"},
-    "matrix, slices": {"slices": (0, 8, 16, 24), "groups": 2},
-    "matrix, slices mixed": {"slices": (0, 8, 16, 24), "groups": 1, "dropout": 0.3},
-    "matrix, slices, state": {"source": "state", "slices": (0, 8, 16, 24), "groups": 2},
-    "in sequence": {"source": "in_sequence", "dropout": 0.3},
-    "in sequence, flat": {"source": "in_sequence", "flat": True},
-    "in sequence, pooled": {"routing": "mul", "source": "in_sequence", "pool": "mean"},
-}
 ONES = 0b111111111
 
 
 def backward_arguments(needs, save=2, **case):
-    arguments = forward_arguments(**case)
-    out, t, state, kept = OPS.forward(*arguments, save)
-    return needs, torch.randn_like(out), t, state, kept, *arguments
-
-
-def assert_fake_is_real(op, arguments):
-    """Shapes, strides and dtypes of all outputs, as the tracer is told them."""
-    real = op(*arguments)
-    with FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-    for i, (a, b) in enumerate(zip(fake, real, strict=True)):
-        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), f"output {i} of {op}"
+    call = forward_call(save, **case)
+    out, t, state, kept = OPS.forward(*call)
+    return needs, torch.randn_like(out), t, state, kept, *call[:TENSORS], *call[TENSORS + 1 : -1]
 
 
 @pytest.mark.parametrize("name", [name for i, name in enumerate(CASES) if i % 2 == 0])
 def test_opcheck_forward_and_backward(name):
     case = CASES[name]
-    torch.library.opcheck(OPS.forward.default, (*forward_arguments(**case), 2))
+    torch.library.opcheck(OPS.forward.default, forward_call(2, **case))
     torch.library.opcheck(OPS.backward.default, backward_arguments(ONES, **case))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fake_outputs_are_the_real_ones(case):
     for save in (0, 1, 2):
-        assert_fake_is_real(OPS.forward.default, (*forward_arguments(**case), save))
+        assert_fake_is_real(OPS.forward.default, forward_call(save, **case))
     for needs in (ONES, 0, 0b000100110, 0b010101001):
         assert_fake_is_real(OPS.backward.default, backward_arguments(needs, **case))
 
@@ -137,7 +67,7 @@ def calls_of_the_ops():
     encode = (y, C, None, None, ROUTES["gram"].code, 0, 1, 1)
     state, kept = OPS.encode(*encode, True)
     return {
-        "forward": (*forward_arguments(), 2),
+        "forward": forward_call(2, base=True),
         "backward": backward_arguments(ONES),
         "encode": (*encode, True),
         "encode_backward": (0b111, state, kept, *encode),

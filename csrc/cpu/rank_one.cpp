@@ -85,7 +85,12 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
         const Acc* up = directions.up_of(s.condition - c0);
         for (int64_t row = s.begin; row < s.end; ++row) {
           load_row(p.x, row, 0, d, x);
-          std::copy_n(bias.get(), o, line);
+          if (p.base) {
+            load_row(p.base, row, 0, o, line);
+            set.axpy(o, 1, bias.get(), line);
+          } else {
+            std::copy_n(bias.get(), o, line);
+          }
           if (p.residual) set.axpy(o, 1, x, line);
           if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x);
           Acc* cn = c + row * p.groups;

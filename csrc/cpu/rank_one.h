@@ -7,7 +7,7 @@
 
 namespace routed_peft::cpu {
 
-// out = bias + residual + Σ c p, all of it; c [rows, groups] is left for the backward.
+// out = base + bias + residual + Σ c p, all of it; c [rows, groups] is left for the backward.
 template <class Acc>
 void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Segments& cuts, const Matrix& out,
                       Acc* c);

@@ -1,4 +1,5 @@
 // forward:  state of the condition -> T = X̃ Aᵀ + b -> Z = act(ρ(T, state)) -> out = s Z B̂ᵀ + bias + x -> out += X Wᵀ
+//           (or + base, where a foreign layer gave the base's output)
 // backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
 // The base layer's product comes last and accumulates, so that no second full-size tensor exists. What is rank-wide (T,
 // Z, G, dT, V) lives in Acc; nothing else is kept between the steps.
@@ -136,7 +137,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     Array<Acc> z(rows * p.width);
     route_forward<Acc>(host, p, condition.state, t, cuts, z.get(), nullptr);
 
-    const Matrix z_matrix = acc(z, rows, p.width), residual = p.residual ? p.x : Matrix{};
+    const Matrix z_matrix = acc(z, rows, p.width), residual = p.residual ? p.x : p.base;
     const bool whole = p.slice_count == 1 && p.slices[0].length == p.out_features;
     if (!whole) fill_rows<Acc>(host, result.out, p.bias, residual);
     for (int64_t i = 0; i < p.slice_count; ++i) {

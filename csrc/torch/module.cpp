@@ -13,7 +13,11 @@ PYBIND11_MODULE(_C, m) {
     info["torch_headers"] = TORCH_VERSION;
     info["stable_abi"] = "2.11";
     info["compiler"] = __VERSION__;
+#ifdef USE_CUDA
+    info["cuda"] = true;
+#else
     info["cuda"] = false;
+#endif
     info["cpu_isa"] = routed_peft::cpu::isa<float>().name;
     return info;
   });

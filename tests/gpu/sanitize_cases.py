@@ -1,0 +1,57 @@
+"""Small calls of every route, dtype and option on the GPU, for compute-sanitizer to watch (tools/gpu_check.sh).
+
+Sizes are odd so that every tile has an edge; each result is held against the definition, for a call that computes
+nothing would be clean too.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cases import EVERY, Case, worst  # noqa: E402
+
+DTYPES = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-4}  # and how far a result may be off
+SIZES = dict(n=37, d=72, r=5)
+
+
+def cases() -> Iterator[Case]:
+    for routing in EVERY:
+        for dtype in DTYPES:
+            yield Case(routing, "linear", m=9, slices=True, dropout=0.3, dtype=dtype, **SIZES)
+            yield Case(routing, "adapter", m=9, masked=True, dtype=dtype, parameter_dtype=torch.float32, **SIZES)
+            if routing != "none":
+                yield Case(routing, "state", m=9, pool="mean", batch=3, index=(1, 0, 1), dtype=dtype, **SIZES)
+                yield Case(routing, "lora", in_sequence=True, dtype=dtype, **SIZES)
+                yield Case(routing, "lora", varlen=True, batch=3, d_c=24, dtype=dtype, **SIZES)
+    for routing in ("none", "mul", "gram", "cross_gram"):
+        for dtype in DTYPES:
+            for r in (20, 50, 100, 200):  # the other padded widths, and a bottleneck of several blocks
+                yield Case(routing, "linear", n=70, m=9, d=200, out=136, r=r, dtype=dtype)
+
+
+def on(device: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device")
+    every, wrong = list(cases()), 0
+    for case in every:
+        tensors, constant = case.tensors()
+        want = case.run({name: tensor.double() for name, tensor in tensors.items()}, constant, "reference")
+        got = case.run(on("cuda", tensors), on("cuda", constant), "cuda").cpu().double()
+        error = worst(got, want)
+        if not error < DTYPES[case.dtype]:
+            wrong += 1
+            print(f"{case}: off by {error:.1e}")
+    print(f"{len(every)} calls, {wrong} wrong")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""The CUDA kernels, emulated or on a GPU: masks, memory, launches, order of execution, and how they sit in torch."""
+
+import dataclasses
+
+import emulated
+import pytest
+import torch
+from calls import CASES, assert_fake_is_real, forward_call
+from cases import EVERY, ROUTED, Backend, Case, worst
+
+import routed_peft as rp
+from routed_peft import functional, ops
+from routed_peft.ops import KERNEL_DTYPES
+from routed_peft.reference import dropout_multiplier
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+def multiplier(seed, rows, cols, p, stream):
+    return dropout_multiplier(torch.tensor(seed), rows, cols, p, stream)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("rows, d", [(3, 200), (70, 256), (130, 77)])
+def test_dropout_of_the_input_is_the_map(native, rows, d, dtype):
+    """x of ones through A = B = 1 shows the mask itself, with the factor that belongs to it."""
+    for p, seed in ((0.5, 7), (0.3, -(2**62))):
+        one = torch.eye(d, dtype=dtype, device=native.device)
+        got = functional.routed_lora(
+            torch.ones(rows, d, dtype=dtype, device=native.device), one, None, one, routing="none", scaling=1.0,
+            dropout_p=p, seed=torch.tensor([seed], device=native.device), backend=native,
+        )  # fmt: skip
+        want = multiplier(seed, rows, d, p, 0)
+        assert torch.equal(got.cpu() != 0, want != 0)
+        assert torch.equal(got.cpu(), want.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 5])
+def test_dropout_of_the_condition_is_the_map(native, m, dtype):
+    """Z = 0 + V, pooled (m = 1) or paired with the input's tokens."""
+    d, seed = 150, 11
+    one = torch.eye(d, dtype=dtype, device=native.device)
+    y = torch.ones(40 // m, m, d, dtype=dtype, device=native.device)
+    got = functional.routed_lora(
+        torch.zeros_like(y), one, y, one, one, routing="add", pool="none", scaling=1.0, dropout_p=0.0,
+        condition_dropout_p=0.4, seed=torch.tensor([seed], device=native.device), backend=native,
+    )  # fmt: skip
+    assert torch.equal(got.cpu().reshape(40, d), multiplier(seed, 40, d, 0.4, 1).to(dtype))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def options_of_every_route():
+    for routing in EVERY:
+        yield Case(routing, n=9, m=6, d=40, r=20, out=30, d_c=24)
+        if routing != "none":
+            yield Case(routing, "lora", in_sequence=True, n=9, d=40, r=20, slices=True)
+            yield Case(routing, "base", varlen=True, batch=3, d=40, r=20, slices=True, across=True)
+            yield Case(routing, "adapter", masked=True, index=(1, 0, 1), batch=3, d=40, r=20, pool="mean")
+
+
+OF_EVERY_ROUTE = list(options_of_every_route())
+SOME = OF_EVERY_ROUTE[::3]
+
+
+@pytest.fixture
+def poison():
+    """Fresh memory holds NaN (what torch calls filling of uninitialised memory)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", OF_EVERY_ROUTE, ids=str)
+def test_everything_is_written_and_nothing_else_read(case, native, poison):
+    assert torch.empty(3).isnan().all()
+    for dtype in (torch.float32, torch.bfloat16):
+        case = dataclasses.replace(case, dtype=dtype)
+        t, constant = case.tensors()
+        with torch.no_grad():
+            got = case.run(t, constant, native)
+            torch.use_deterministic_algorithms(False)
+            assert torch.equal(got, case.run(t, constant, native))
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def shifted(t, by=1):
+    """The same values, contiguous, ``by`` elements into a larger storage: no longer aligned to 16 bytes."""
+    room = t.new_full([t.numel() + by], float("nan"))
+    room[by:] = t.flatten()
+    return room[by:].view(t.shape)
+
+
+def turned(t):
+    """The same values, the last dimension the slow one."""
+    return t.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def spread(t):
+    """The same values, every second of a wider tensor."""
+    room = t.new_full([*t.shape[:-1], 2 * t.shape[-1]], float("nan"))
+    room[..., ::2] = t
+    return room[..., ::2]
+
+
+@pytest.mark.parametrize("move", [shifted, turned, spread])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_strided_and_shifted_inputs(case, native, move):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = dataclasses.replace(case, dtype=dtype)
+        t, constant = (native.take(each) for each in case.tensors())
+        moved = {k: move(v) for k, v in t.items()}
+        with torch.no_grad():
+            got, want = case.run(moved, constant, native), case.run(t, constant, native)
+        limit = native.close if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        assert worst(got, want) < limit
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_an_index_out_of_range_is_neither_read_nor_silent(routing, pool, kernels):
+    """The ops do not look at an index on a GPU; the rows that it leads astray hold NaN, and only they."""
+    case = Case(routing, "lora", batch=3, n=5, m=5, pool=pool, dtype=torch.bfloat16)
+    t, _ = (kernels.take(each) for each in case.tensors())
+    index = torch.tensor([0, 2, 1], device=kernels.device)
+    called = []
+
+    def op(*arguments):
+        called.append([*arguments])
+        return kernels_ops.forward(*arguments)
+
+    kernels_ops = ops.BACKENDS[kernels].ops
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ops.BACKENDS, str(kernels), dataclasses.replace(ops.BACKENDS[kernels], ops=Ops(op)))
+        want = case.run(t, {"index": index}, kernels)
+    for wrong in (3, -1, 2**40, -(2**62)):
+        arguments = list(called[0])
+        arguments[10] = torch.tensor([0, wrong, 1], device=kernels.device)
+        got = kernels_ops.forward(*arguments)[0].cpu()
+        assert torch.equal(got[[0, 2]], want[[0, 2]])
+        assert got[1].isnan().all()
+
+
+@dataclasses.dataclass
+class Ops:
+    """A namespace of ops with one of them."""
+
+    forward: object
+
+
+# ------------------------------------------------------------------------------------------------ what a forward saves
+@pytest.mark.parametrize("name", CASES)
+def test_saved_tensors_are_the_cpu_ops(name, kernels):
+    for dtype in (torch.float32, torch.bfloat16):
+        for save in (0, 1, 2):
+            call = forward_call(save, **{**CASES[name], "dtype": dtype}, base=name == "none")
+            there = [a.to(kernels.device) if isinstance(a, torch.Tensor) else a for a in call]
+            got = ops.BACKENDS[kernels].ops.forward(*there)
+            for what, a, b in zip(
+                ("out", "T", "state", "kept"), got, torch.ops.routed_peft.forward(*call), strict=True
+            ):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype), what
+                limit = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+                assert worst(a.cpu().double(), b.double()) < limit, f"{what}, save={save}, {dtype}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fakes_know_the_kernels_outputs(case):
+    Backend("emulated").ready()
+    if case.get("dtype") != torch.float64:
+        for save in (0, 1, 2):
+            assert_fake_is_real(torch.ops.routed_peft_emulated.forward.default, forward_call(save, **case))
+
+
+# ------------------------------------------------------------------------------------------------ launches
+LAUNCHES = {
+    "none": (Case("none"), "down_route up_project"),
+    "none, few tokens": (Case("none", d=4096), "down_route route up_project"),
+    "gram, through S": (Case("gram", n=64, m=64, r=8), "down_route gram down_route up_project"),
+    "gram, a long condition": (
+        Case("gram", n=640, m=1000, r=16, d=256), "down_route route gram gram_reduce down_route route up_project"
+    ),
+    "gram, through tokens": (Case("gram", n=8, m=4, r=64), "down_route down_route up_project"),
+    "gram_relu": (Case("gram_relu", n=64, m=64, r=8), "down_route gram down_route up_project"),
+    "gram of a state": (Case("gram", "state", n=64, m=64, r=8), "down_route gram down_route up_project"),
+    "rank one": (Case("gram", pool="mean"), "pool project directions rank_one"),
+    "expand": (Case("expand"), "pool project directions rank_one"),
+    "ones": (Case("ones"), "pool project directions rank_one"),
+    "add": (Case("add"), "pool project down_route up_project"),
+    "mul": (Case("mul"), "pool project down_route up_project"),
+    "mul, token by token": (Case("mul", pool="none", m=5), "down_route down_route up_project"),
+    "in sequence": (Case("gram", "lora", in_sequence=True), "down_route gram route up_project"),
+    "in sequence, pooled": (Case("mul", "lora", in_sequence=True), "pool project down_route up_project"),
+    "cross_gram": (Case("cross_gram"), "pool project down_route pool route up_project"),
+    "cross_gram, token by token": (Case("cross_gram", pool="none", m=5), "down_route down_route gram route up_project"),
+    "float32 parameters": (
+        Case("gram", n=64, m=64, r=8, d_c=6, parameter_dtype=torch.float32),
+        "pack down_route gram down_route up_project",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name):
+    Backend("emulated").ready()
+    case, kernels = LAUNCHES[name]
+    case = dataclasses.replace(case, dtype=torch.bfloat16)
+    t, constant = case.tensors()
+    emulated.launches()
+    with torch.no_grad():
+        case.run(t, constant, "emulated")
+    assert emulated.launches() == kernels.split()
+
+
+# ------------------------------------------------------------------------------------------------ order of execution
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_any_order_of_execution_gives_the_same_bits(case):
+    """Blocks, warps and lanes in three orders, copies as early and as late as they may come."""
+    Backend("emulated").ready()
+    for dtype in (torch.bfloat16, torch.float32):
+        case = dataclasses.replace(case, dtype=dtype, n=70, m=70 if case.pool == "none" else 66, dropout=0.3)
+        t, constant = case.tensors()
+        found = []
+        for mode in emulated.MODES:
+            with emulated.options(mode), torch.no_grad():
+                found.append(case.run(t, constant, "emulated"))
+        assert found[0].isfinite().all()
+        for mode, other in zip(emulated.MODES, found, strict=True):
+            assert torch.equal(other, found[0]), mode
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_the_same_bits_every_time(case, kernels):
+    case = dataclasses.replace(case, dtype=torch.bfloat16, n=70, dropout=0.3)
+    t, constant = case.tensors()
+    with torch.no_grad():
+        assert torch.equal(case.run(t, constant, kernels), case.run(t, constant, kernels))
+
+
+# ------------------------------------------------------------------------------------------------ in torch
+def layer_and_inputs(kernels, **options):
+    layer = rp.RoutedLoRA.from_features(16, 24, r=4, condition_features=12, backend=str(kernels), **options)
+    torch.nn.init.normal_(layer.lora_B)
+    x, y = torch.randn(2, 5, 16, device=kernels.device), torch.randn(2, 3, 12, device=kernels.device)
+    return layer.to(kernels.device), x.requires_grad_(), y.requires_grad_()
+
+
+def gradients(call, layer, *inputs):
+    return torch.autograd.grad(call().square().sum(), [*layer.parameters(), *inputs])
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("routing", ["gram", "mul"])
+def test_compiled_training(routing, encoded, kernels):
+    layer, x, y = layer_and_inputs(kernels, routing=routing)
+
+    def call():
+        return layer(x, layer.encode_condition(y) if encoded else y)
+
+    want = gradients(call, layer, x, y)
+    torch._dynamo.reset()
+    got = gradients(torch.compile(call, fullgraph=True, backend="aot_eager"), layer, x, y)
+    torch.testing.assert_close(got, want)
+
+
+def test_transforms(kernels):
+    layer, x, y = layer_and_inputs(kernels, lora_dropout=0.4)
+    x, y = x.detach(), y.detach()
+    values = dict(layer.named_parameters())
+
+    def loss(values):
+        torch.manual_seed(3)
+        return torch.func.functional_call(layer, values, (x, y)).square().sum()
+
+    want = torch.autograd.grad(loss(values), list(values.values()))
+    torch.testing.assert_close(list(torch.func.grad(loss)(values).values()), list(want))
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(layer, x, y, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), list(values.values())), want)
+    first = torch.autograd.grad(loss(values), list(values.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative of its own"):
+        first[-1].sum().backward()
+
+
+def test_half_precision_training_keeps_float32_gradients(kernels):
+    case = Case("gram", "linear", n=24, d=64, out=48, r=8, dtype=torch.bfloat16, parameter_dtype=torch.float32)
+    got, want = case.gradients(kernels), case.gradients("reference", dtype=torch.float64)
+    for name, tensor in got.items():
+        assert tensor.dtype == (torch.bfloat16 if name in ("out", "x", "y", "W") else torch.float32)
+        assert (tensor.double() - want[name]).norm() < 0.02 * want[name].norm(), name
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU alone
+@pytest.fixture
+def gpu():
+    return Backend("cuda").ready()
+
+
+ROUTES_ON_A_GPU = [Case(routing, d=64, r=16, out=64, batch=4, n=70, m=9, dtype=torch.bfloat16) for routing in EVERY]
+
+
+def on_gpu(case):
+    t, constant = (Backend("cuda").take(each) for each in case.tensors())
+    seed = torch.tensor([5], device="cuda")
+    return lambda: case._call(t, constant, "cuda", seed), t
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ROUTES_ON_A_GPU, ids=str)
+def test_nothing_waits_for_the_gpu(case, gpu):
+    call, _ = on_gpu(dataclasses.replace(case, dropout=0.2))
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ROUTES_ON_A_GPU, ids=str)
+def test_a_graph_replays_new_inputs(case, gpu):
+    call, t = on_gpu(case)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        t["x"].copy_(torch.randn_like(t["x"]))
+        graph.replay()
+        assert torch.equal(out, call())
+
+
+@pytest.mark.cuda
+def test_the_current_stream_is_used(gpu):
+    call, t = on_gpu(ROUTES_ON_A_GPU[EVERY.index("gram")])
+    with torch.no_grad():
+        want = call()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)
+            t["x"].mul_(2)  # behind the sleep: another stream would read x too early
+            got = call()
+        torch.cuda.synchronize()
+        assert not torch.equal(got, want)
+        assert torch.equal(got, call())
