@@ -28,6 +28,7 @@ ifeq ($(PYTHON),)
   PYTHON := $(BIN)python
   READY := .venv/ready
   LINTERS := .venv/lint
+  DISASSEMBLER := .venv/disassembler
 else
   READY := inplace
   LINTERS := inplace
@@ -37,13 +38,15 @@ endif
 CXX_SOURCES := $(shell find csrc -type f)
 CXX_TESTS := $(shell find tests/kernels -type f)
 SANITIZE ?= OFF
+CUDA ?= AUTO
+CMAKE_BUILD = cmake --build build/cmake --parallel $(or $(MAX_JOBS),2)
 
-.PHONY: help demo test bench lint kernels venv inplace clean
+.PHONY: help demo test bench lint kernels kernel-report cuda-wheel-check gpu-check venv inplace clean
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s%s\n", $$1, $$2 }' Makefile
 
 demo: $(READY)  ## the main job on real data
 	$(PYTHON) examples/digits_vqa.py $(ARGS)
@@ -51,8 +54,8 @@ demo: $(READY)  ## the main job on real data
 test: $(READY)  ## the Python tests
 	$(PYTHON) -m pytest -q tests $(ARGS)
 
-bench: $(READY)  ## the benchmarks
-	$(PYTHON) -m pytest benchmarks --benchmark-only $(ARGS)
+bench: $(READY)  ## the benchmarks, on a GPU
+	$(PYTHON) benchmarks/bench_forward.py $(ARGS)
 
 lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(PYTHON) -m ruff check
@@ -60,13 +63,25 @@ lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(BIN)clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
 	$(PYTHON) -m mypy
 
-kernels:  ## the C++ core and its tests, without torch; SANITIZE=ON for ASan and UBSan
-	cmake -S . -B build/cmake -DRP_SANITIZE=$(SANITIZE)
-	cmake --build build/cmake --parallel $(or $(MAX_JOBS),2)
+kernels:  ## C++ core, kernels and their tests, without torch; SANITIZE=ON for ASan and UBSan, CUDA=OFF without nvcc
+	cmake -S . -B build/cmake -DRP_SANITIZE=$(SANITIZE) -DRP_CUDA=$(CUDA)
+	$(CMAKE_BUILD)
 	ctest --test-dir build/cmake --output-on-failure
 
+kernel-report: $(DISASSEMBLER)  ## what nvcc made of the kernels, held against tools/ptxas_table.csv; ARGS=--update
+	cmake -S . -B build/cmake -DRP_CUDA=ON
+	$(CMAKE_BUILD) --target routed_peft_cuda
+	$(PYTHON) tools/ptxas_report.py $(ARGS)
+	$(PYTHON) tools/sass_gate.py
+
+cuda-wheel-check: $(filter .venv/%,$(READY))  ## the package with CUDA, built and imported without a GPU; its text on a torch without CUDA
+	PYTHON=$(PYTHON) tools/cuda_wheel_check.sh
+
+gpu-check:  ## the one command for a machine with a GPU; ARGS=test, sanitize or bench for one part of it
+	PYTHON=$(or $(PYTHON),python3) tools/gpu_check.sh $(ARGS)
+
 clean:  ## removes what was built, keeps .venv
-	rm -rf build dist *.egg-info routed_peft/_C*.so routed_peft/_built_with.py .venv/ready .venv/lint
+	rm -rf build dist *.egg-info routed_peft/_C*.so routed_peft/_built_with.py .venv/ready .venv/lint .venv/disassembler
 
 # --- the interpreter and the extension
 
@@ -93,4 +108,8 @@ endif
 
 .venv/lint: .venv/ready
 	.venv/bin/python -m pip install -q --no-build-isolation -e '.[lint]'
+	touch $@
+
+.venv/disassembler: .venv/ready
+	.venv/bin/python -m pip install -q --no-build-isolation -e '.[disassembler]'
 	touch $@

@@ -4,6 +4,7 @@ Everything else about the package is in pyproject.toml.
 """
 
 import os
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,8 +21,9 @@ CPU_SOURCES = [
     "csrc/cpu/rank_one.cpp",
     "csrc/cpu/routed.cpp",
 ]
-CUDA_SOURCES: list[str] = []
-SOURCES = ["csrc/torch/module.cpp", "csrc/torch/ops.cpp", *CPU_SOURCES]
+KERNELS = ["pack", "condition", "rank_one", "down_route", "route", "gram", "up_project", "routed"]
+CUDA_SOURCES = ["csrc/torch/ops_cuda.cpp", *(f"csrc/kernels/{name}.cu" for name in KERNELS)]
+SOURCES = ["csrc/torch/module.cpp", "csrc/torch/call.cpp", "csrc/torch/ops.cpp", *CPU_SOURCES]
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in {".h", ".cuh", ".inl"})
 
 
@@ -32,9 +34,7 @@ def why_no_cuda(torch, cuda_home) -> str | None:
         raise SystemExit(f"ROUTED_PEFT_CUDA is 0, 1 or auto, not {wanted!r}")
     if wanted == "0":
         return "ROUTED_PEFT_CUDA=0"
-    if not CUDA_SOURCES:
-        reason = "no CUDA kernels in this version"
-    elif torch.version.cuda is None:
+    if torch.version.cuda is None:
         reason = f"torch {torch.__version__} has no CUDA"
     elif cuda_home is None:
         reason = "no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set"
@@ -45,6 +45,23 @@ def why_no_cuda(torch, cuda_home) -> str | None:
     return reason
 
 
+def cuda_archs(torch) -> str:
+    """The architectures to build for, as torch's TORCH_CUDA_ARCH_LIST has them.
+
+    Without that variable: this machine's GPUs, or where none will do, every kind that the kernels are written for.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if old := re.findall(r"\b[1-7]\.\d[^\s;]*|Kepler|Maxwell|Pascal|Volta|Turing", asked):
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST={asked!r} asks for {', '.join(old)}, and routed_peft's CUDA kernels need compute "
+            "capability 8.0 or newer (ROUTED_PEFT_CUDA=0 builds without them)"
+        )
+    gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    # Hopper's own instructions are those of 9.0a.
+    present = [f"{major}.{minor}{'a' * (major == 9)}" for major, minor in sorted(gpus) if major >= 8]
+    return asked or ";".join(present) or "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+
+
 def configure():
     """The extension and the command that builds it, for the torch at hand."""
     import pybind11
@@ -52,9 +69,9 @@ def configure():
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     no_cuda = why_no_cuda(torch, CUDA_HOME)
-    if no_cuda is None and not torch.cuda.is_available():
-        # Left alone, torch asks the GPU for its architecture, and there is none to ask.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX")
+    archs = None
+    if no_cuda is None:
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(torch)  # read by torch
 
     major, minor = TORCH_MINIMUM
     common = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
@@ -62,7 +79,7 @@ def configure():
     flags = {"cxx": [*common, "-fvisibility=hidden", *warnings, "-g0"]}
     if no_cuda is None:
         flags["cxx"] += ["-DUSE_CUDA"]
-        flags["nvcc"] = [*common, "-DUSE_CUDA", "--threads=2", "-Xptxas=-v", "-lineinfo"]
+        flags["nvcc"] = [*common, "-DUSE_CUDA", "--threads=2", "-lineinfo"]
     extension = (CppExtension if no_cuda else CUDAExtension)(
         "routed_peft._C",
         SOURCES if no_cuda else SOURCES + CUDA_SOURCES,
@@ -83,9 +100,9 @@ def configure():
             package = Path("" if self.inplace else self.build_lib, "routed_peft")
             (package / "_built_with.py").write_text(
                 '"""What the extension was built with; written by setup.py."""\n\n'
-                f"TORCH = {found!r}\nCUDA: str | None = {cuda!r}\n"
+                f"TORCH = {found!r}\nCUDA: str | None = {cuda!r}\nCUDA_ARCHS: str | None = {archs!r}\n"
             )
-            print(f"routed_peft: CUDA {f'on ({cuda})' if cuda else f'off ({no_cuda})'}")
+            print(f"routed_peft: CUDA {f'on ({cuda}; {archs})' if cuda else f'off ({no_cuda})'}")
 
     return extension, build_ext
 
