@@ -49,14 +49,20 @@ def _gradients(
 
         # torch.func differentiates where the dispatcher has left autograd behind, as it has inside an op
         pull = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1]
-        found = dict(zip(wanted, pull(gradient), strict=True))
+        with reference.no_autocast(x.device):  # the caller's is on in a backward that it asks for inside of it
+            found = dict(zip(wanted, pull(gradient), strict=True))
     return tuple(found[i].contiguous() if i in found else x.new_empty([0]) for i in range(len(tensors)))
 
 
 def backward(needs: int, dout: Tensor, T: Tensor, state: Tensor, kept: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """``routed_peft::backward``."""
     options = _options(*inputs[_TENSORS:])
-    constant = inputs[9:_TENSORS]
+    constant = list(inputs[9:_TENSORS])
+    condition, index, offsets = inputs[3], constant[1], constant[4]
+    if condition is not None and index is not None:
+        # One that points nowhere has made NaN of its rows already; here it would be an error the device keeps.
+        conditions = condition.shape[0] if offsets is None else offsets.shape[0] - 1
+        constant[1] = index.clamp(0, conditions - 1)
 
     def function(*tensors: Tensor | None) -> Tensor:
         return reference.run((*tensors, *constant, None), options)

@@ -86,7 +86,8 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     if seed is None:
         raise ValueError("dropout needs a seed")
     rows = x.reshape(-1, x.shape[-1])
-    return (rows * dropout_multiplier(seed, rows.shape[0], rows.shape[1], p, stream).to(x.dtype)).reshape(x.shape)
+    multiplier = dropout_multiplier(seed, rows.shape[0], rows.shape[1], p, stream).to(x.dtype)
+    return (rows.masked_fill(multiplier == 0, 0) * multiplier).reshape(x.shape)  # select: what is dropped may be NaN
 
 
 # ------------------------------------------------------------------------------------------------ layout
@@ -272,9 +273,11 @@ def forward(
         state = state[index]
 
     input_valid = present if input_mask is None else present & input_mask
-    z = activate(route(t.to(_accumulate_dtype(t)), state, input_valid, options), options.activation).to(x.dtype)
+    z = activate(route(t.to(_accumulate_dtype(t)), state, input_valid, options), options.activation)
+    z = z if x.dtype == torch.float16 else z.to(x.dtype)  # which Z may exceed
     z = z[present] if cu_seqlens is not None else z
-    out = options.scaling * up_project(z, b.to(x.dtype), options).reshape(*x.shape[:-1], options.out_features)
+    out = (options.scaling * up_project(z, b.to(x.dtype).to(z.dtype), options)).to(x.dtype)
+    out = out.reshape(*x.shape[:-1], options.out_features)
     if weight is not None:
         out = F.linear(x, weight, None if bias is None else bias.to(x.dtype)) + out
     elif bias is not None:

@@ -350,3 +350,95 @@ def test_the_current_stream_is_used(gpu):
         torch.cuda.synchronize()
         assert not torch.equal(got, want)
         assert torch.equal(got, call())
+
+
+# ------------------------------------------------------------------------------------------------ the backward
+def everything(case, backend, prepare=lambda t: t, autocast=False, seed=5):
+    t, constant = (backend.take(each) for each in case.tensors())
+    t = {k: v.requires_grad_() for k, v in prepare(t).items()}
+    out = case.run(t, constant, backend, seed=seed)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).div(64).reshape(out.shape).to(out.dtype)
+    with torch.autocast(out.device.type, dtype=torch.bfloat16, enabled=autocast):
+        out.backward(weights)
+    return {"out": out.detach().cpu(), **{k: v.grad.cpu() for k, v in t.items()}}
+
+
+@pytest.mark.parametrize("routing", ["gram", "mul"])
+def test_a_backward_inside_autocast_keeps_float32(routing, native):
+    case = Case(routing, "lora", n=24, d=64, out=48, r=16, dtype=torch.float32)
+    inside, outside = everything(case, native, autocast=True), everything(case, native)
+    assert all(torch.equal(inside[name], outside[name]) for name in outside)
+
+
+def test_a_float16_backward_is_finite_where_the_forward_is(native):
+    """Unscaled gram with Z beyond float16: nothing of the gradients is."""
+    case = Case("gram", "lora", n=8, m=400, d=64, out=32, r=8, scale="none", dtype=torch.float16)
+
+    def large(t):
+        t["x"].mul_(64)
+        t["y"].mul_(3)
+        t["B"].mul_(2.0**-12)
+        return t
+
+    got, want = everything(case, native, large), everything(
+        dataclasses.replace(case, dtype=torch.float64), Backend("reference"), large
+    )  # fmt: skip
+    b = large(case.tensors()[0])["B"].abs().max()
+    assert want["out"].abs().max() / (case.r * b) > 65504, "the largest of Z is at least that"
+    for name in ("out", "B"):
+        assert got[name].isfinite().all()
+        assert (got[name].double() - want[name]).norm() < 1e-2 * want[name].norm(), name
+
+
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_dropped_elements_may_be_nan_in_both_directions(p, native):
+    case = Case("gram", "lora", n=6, m=4, d=70, dropout=p, dtype=torch.float32)
+    for name, stream in (("x", 0), ("y", 1)):
+
+        def poison(t, name=name, stream=stream):
+            rows = t[name].flatten(0, -2)
+            kept = dropout_multiplier(torch.tensor(5), *rows.shape, p, stream).to(rows.device) != 0
+            t[name] = rows.masked_fill(~kept, float("nan")).reshape(t[name].shape)
+            return t
+
+        got, want = everything(case, native, poison), everything(case, native)
+        assert all(got[k].isfinite().all() and worst(got[k], want[k]) < 1e-6 for k in want)
+
+
+POOL = {"gram": "none", "mul": "mean"}
+
+
+@pytest.mark.parametrize("routing", POOL)
+def test_an_index_out_of_range_leaves_a_backward_to_finish(routing, kernels):
+    """Its rows are NaN by then, and so is whatever they take part in; the others' gradients are not."""
+    case = Case(routing, "lora", batch=3, n=5, dtype=torch.float32)
+    t, _ = (kernels.take(each) for each in case.tensors())
+    for wrong in (3, -1):
+        numbers = list(forward_call(0, routing=routing, source="tokens", pool=POOL[routing])[16:-1])
+        x, y = t["x"].requires_grad_(), t["y"]
+        index = torch.tensor([0, wrong, 1], device=kernels.device)
+        needed, empty = 1, x.new_empty(0)
+        numbers[0], numbers[7] = 3, case.out
+        dx = ops.BACKENDS[kernels].ops.backward(
+            needed, torch.ones(3, 5, case.out, device=kernels.device), empty, empty, empty,
+            x.detach(), t["A"], t["B"], y, None, None, None, None, None, None, index, None, None, None, None, *numbers,
+        )[0]  # fmt: skip
+        assert dx[[0, 2]].isfinite().all()
+
+
+def test_offsets_without_a_sample_hold_no_rows(kernels):
+    case = Case("mul", "lora", dtype=torch.float32)
+    t, _ = (kernels.take(each) for each in case.tensors())
+    nothing = torch.zeros(0, dtype=torch.int64, device=kernels.device)
+    call = forward_call(0, routing="mul", source="tokens", dtype=torch.float32)
+    call = [a.to(kernels.device) if isinstance(a, torch.Tensor) else a for a in call]
+    call[0], call[1], call[2], call[3] = t["x"].flatten(0, 1), t["A"], t["B"], t["y"]
+    call[4:10] = [None] * 6
+    call[10], call[12], call[16], call[23] = (
+        nothing,
+        torch.zeros(1, dtype=torch.int64, device=kernels.device),
+        0,
+        case.out,
+    )
+    with pytest.raises(RuntimeError, match="cu_seqlens has no samples for the 10 rows"):
+        ops.BACKENDS[kernels].ops.forward(*call)

@@ -117,7 +117,7 @@ RP_DEVICE uint32_t keep_mask(uint32_t word, uint32_t threshold) {
 
 // Blocks that a processor's registers are to hold; without it the compiler aims too low for some, and spills.
 template <class T, int kWidth>
-constexpr int kBlocksAtLeast = !kIsFloat<T> && kWidth <= 64 ? 2 : 1;
+constexpr int kBlocksAtLeast = down_in_pairs(kIsFloat<T>, kWidth) ? 2 : 1;
 
 template <class T, int kWidth, bool kDropout>
 __global__ __launch_bounds__(kThreads, kBlocksAtLeast<T, kWidth>) void down_route_kernel(const KernelParams p) {

@@ -78,6 +78,8 @@ struct RouteParams {
   bool tokens_unrounded = false;  // they are V, not rows of T, which is rounded to the input's dtype
 };
 
+// Whether two blocks fit into a processor's registers.
+constexpr bool down_in_pairs(bool float32, int padded_width) { return !float32 && padded_width <= 64; }
 constexpr int64_t down_stage_bytes(int padded_width) { return (64 + padded_width) * (128 + 16); }
 
 struct DownRouteParams {

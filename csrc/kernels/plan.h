@@ -124,10 +124,10 @@ constexpr int64_t gram_splits(int64_t samples, int64_t groups, int64_t group_wid
 }
 
 // Stages of down_route's ring: as many as fit, so that loads run far ahead, into half of a processor's shared memory
-// where two blocks will share it and half is enough for three.
-constexpr int down_stages(int64_t blocks, int64_t processors, int64_t shared_bytes, int64_t stage_bytes) {
+// where two blocks will share it. `pairs`: a processor has registers for two.
+constexpr int down_stages(int64_t blocks, int64_t processors, bool pairs, int64_t shared_bytes, int64_t stage_bytes) {
   const int64_t half = shared_bytes / 2 / stage_bytes;
-  const int64_t stages = blocks > processors && half >= 3 ? half : shared_bytes / stage_bytes;
+  const int64_t stages = pairs && blocks > processors && half >= 3 ? half : shared_bytes / stage_bytes;
   return static_cast<int>(std::clamp<int64_t>(stages, 2, 8));
 }
 

@@ -117,6 +117,7 @@ struct Place {
     }
     STD_TORCH_CHECK(offsets->numel() >= 1, what, " must have at least one offset");
     const int64_t samples = offsets->numel() - 1;
+    STD_TORCH_CHECK(samples > 0 || rows == 0, what, " has no samples for the ", rows, " rows");
     const int64_t* o = array_of<int64_t>(what, offsets, ScalarType::Long, samples + 1);
     if (readable) {
       STD_TORCH_CHECK(o[0] == 0 && o[samples] == rows, what, " must run from 0 to the ", rows, " rows");

@@ -188,7 +188,10 @@ cudaError_t launch(dim3 grid, dim3 block, size_t smem, [[maybe_unused]] cudaStre
       error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     if (error == cudaSuccess) error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch, whoever's it is, would be told of it
+      return error;
+    }
   }
   Kernel<<<grid, block, smem, stream>>>(params);
   return cudaGetLastError();

@@ -172,9 +172,11 @@ RP_DEVICE void route_product(RouteSpace<kWidth, kWarps>& space, int warp, const 
   const LanePlace at;
   float* const slab = space.slab[warp];
   float* const scores_at = space.scores[warp];
-  const int64_t first = space.sample[0], last = space.sample[kRouteRows - 1];
   const int w = p.group_width, end = n0 + Space::kSlab < p.width ? n0 + Space::kSlab : p.width;
-  for (int64_t sample = first; sample <= last; ++sample) {
+  RP_NO_UNROLL
+  for (int i = 0; i < kRouteRows; ++i) {
+    const int64_t sample = space.sample[i];
+    if (i > 0 && sample == space.sample[i - 1]) continue;
     const int64_t condition = condition_of(p.index, p.conditions.count, sample);
     if (condition < 0) continue;  // its rows become NaN
     RP_NO_UNROLL
