@@ -141,6 +141,21 @@ class Slot:
         """Whether a call was entered and not left."""
         return getattr(self._local, "frames", None) is not None
 
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """While a ``generate`` runs, which may call parts of the model without calling the model."""
+        local = self._local
+        before = self.in_generation()
+        local.generation = True
+        try:
+            yield
+        finally:
+            local.generation, local.arrival = before, None
+
+    def in_generation(self) -> bool:
+        """Whether a ``generate`` is running."""
+        return getattr(self._local, "generation", False)
+
     @property
     def arrival(self) -> Tensor | None:
         """What a tap has found in the running call, for the part of it that is still to come."""
@@ -357,6 +372,8 @@ class CallKeywords:
     def after(self, module: nn.Module, args: Any, out: Any) -> None:
         """Forward hook, after an exception too: the condition ends with the call."""
         self.slot.leave()
+        if not self.inner:
+            self.slot.arrival = None
 
     def remove(self) -> None:
         """Undo it; a patch of ``forward`` that was made since stays, and still works."""
@@ -405,24 +422,25 @@ class Advertised:
 
 
 class Generate(Advertised):
-    """``generate`` with the keywords."""
+    """``generate`` with the keywords.
+
+    What a tap finds in it, for a call of the language model that then does not come, ends with it.
+    """
 
     def __init__(self, module: nn.Module, slot: Slot) -> None:
         super().__init__(module, "generate")
         self.slot = slot
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate; what a tap has found for a call that never came is dropped afterwards."""
+        """Generate."""
         y, mask, index, _ = (kwargs.get(name) for name in KEYWORDS)
         if index is not None and isinstance(y, Tensor):
             # generate repeats every tensor for its beams; an index into repeated rows would point to wrong ones.
             rows = index.to(torch.int64)
             kwargs.update(routed_condition=y[rows], routed_condition_mask=None if mask is None else mask[rows])
             del kwargs["routed_condition_index"]
-        try:
+        with self.slot.generation():
             return super().__call__(*args, **kwargs)
-        finally:
-            self.slot.arrival = None
 
 
 # ------------------------------------------------------------------------------------------------ checkpointing

@@ -251,8 +251,9 @@ class ProjectionTap(LanguageModelTap):
             self.keywords.remove()
 
     def project(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        """Keep the projection for the language model's next call."""
-        self.slot.arrival = out
+        """Keep the projection for the language model's next call, if it is made in a call or a generate."""
+        if self.slot.in_call() or self.slot.in_generation():
+            self.slot.arrival = out
 
     def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
         """What was projected since the model's call, or its generate, began."""
