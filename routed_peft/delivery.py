@@ -263,7 +263,9 @@ class Memory:
         self._sources: tuple[Any, ...] = ()
         self._states = States()
 
-    def states_for(self, *tensors: Tensor | ConditionState | None, fresh: bool) -> tuple[States, bool]:
+    def states_for(
+        self, *tensors: Tensor | ConditionState | None, fresh: bool, owned: bool = False
+    ) -> tuple[States, bool]:
         """The states of the condition that is made of ``tensors``, and whether it was met before.
 
         Only the very same tensors count as the same condition. ``fresh``: the cache is empty, so nothing was before.
@@ -272,7 +274,7 @@ class Memory:
         met = not fresh and len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors, strict=True))
         if not met:
             self._sources = tuple(None if t is None else weakref.ref(t) for t in tensors)
-            self._states = States()
+            self._states = States(owned)
         return self._states, met
 
 

@@ -18,6 +18,7 @@ from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA, parameter_options
 from .taps import Tap, find_tap
 from .targets import modules_to_save, output_width, select
 
+_OWN_GENERATE = {"blip-2"}  # models whose generate hands its arguments to their language model's
 CONFIG_FILE, TENSOR_FILE = "routed_config.json", "routed_adapter.safetensors"
 
 
@@ -66,7 +67,7 @@ class _Attached:
     report: AttachReport
     saved: list[str]  # paths of modules_to_save
     requires_grad: dict[str, bool]  # of every parameter, as attach found it
-    keywords: CallKeywords
+    keywords: list[CallKeywords]
     tap: Tap | None
 
 
@@ -158,9 +159,11 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
             p.requires_grad_(p.is_floating_point())
     for name, module in chosen.items():
         model.set_submodule(name, layers[id(module)])
-    keywords = CallKeywords(model, slot)
     if found is not None:
         found.install(slot)
+    keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
+    if _model_type(model) in _OWN_GENERATE:
+        keywords.append(CallKeywords(model.get_submodule("language_model"), slot, inner=True))
     report = AttachReport(list(chosen), skipped, None if found is None else found.description)
     model._routed_peft = _Attached(config, report, saved, before, keywords, found)  # type: ignore[assignment]
     return report
@@ -181,7 +184,8 @@ def detach(model: nn.Module) -> None:
             model.set_submodule(name, layer.base_layer)
     if record.tap is not None:
         record.tap.remove()
-    record.keywords.remove()
+    for keywords in record.keywords:
+        keywords.remove()
     unbind_checkpoints(model)
     del model._routed_peft
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delivery import CallKeywords, Delivered, Slot, States, bind_checkpoints, is_empty, memory_of
+from .delivery import Delivered, Slot, States, bind_checkpoints, is_empty, memory_of
 from .errors import ConditionShapeError, RoutedPeftError, UnsupportedError
 from .state import ConditionState
 
@@ -217,15 +217,10 @@ class EntryTap(LanguageModelTap):
 class ProjectionTap(LanguageModelTap):
     """BLIP-2: the output of the projection [B, M, d], for the language model's call that follows.
 
-    BLIP-2's ``generate`` goes straight to the language model's, so that one takes the keywords as well. With beams the
-    language model has k rows for each projected one, which the layers take as such.
+    With beams the language model has k rows for each projected one, which the layers take as such.
     """
 
     entry = "language_model"
-
-    def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
-        super().__init__(model, path, in_sequence)
-        self.keywords: CallKeywords | None = None
 
     @property
     def description(self) -> str:
@@ -242,13 +237,6 @@ class ProjectionTap(LanguageModelTap):
         language_model = self.model.get_submodule(self.entry)
         self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.project))
         self._around(language_model, self.before, self.after)
-        self.keywords = CallKeywords(language_model, slot, inner=True)  # last: its ``after`` leaves the outer call
-
-    def remove(self) -> None:
-        """Undo ``install``."""
-        super().remove()
-        if self.keywords is not None:
-            self.keywords.remove()
 
     def project(self, module: nn.Module, args: Any, out: Tensor) -> None:
         """Keep the projection for the language model's next call, if it is made in a call or a generate."""
@@ -287,7 +275,8 @@ class DecoderTap(Tap):
         if memory is None:
             self.slot.fill(self._delivered(y, _as_bool(mask), None))
             return
-        states, met = memory.states_for(y, mask, fresh=is_empty(cache))
+        # Owned: if somebody wrote the states between two steps, the cross-attention would not see it either.
+        states, met = memory.states_for(y, mask, fresh=is_empty(cache), owned=True)
         if not met or memory.tapped is None:
             memory.tapped = self._delivered(y, _as_bool(mask), states)  # one mask for all steps: it is part of the key
         self.slot.fill(self._delivered(memory.tapped.condition, memory.tapped.mask, states))

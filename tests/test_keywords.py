@@ -188,7 +188,10 @@ def test_copies_take_the_keywords_themselves():
     torch.save(model, buffer)
     buffer.seek(0)
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert twin.forward.module is twin and twin._routed_peft.keywords.slot is not model._routed_peft.keywords.slot
+        assert (
+            twin.forward.module is twin
+            and twin._routed_peft.keywords[0].slot is not model._routed_peft.keywords[0].slot
+        )
         assert torch.equal(output_of(twin(**batch, routed_condition=y)), want)
         assert twin.generate(**batch, routed_condition=y, max_new_tokens=2).shape[0] == 2
         with torch.no_grad():
