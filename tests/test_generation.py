@@ -1,5 +1,7 @@
 """Generation: each token is the one that the whole sequence, run without a cache, has; and y is encoded once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers as tf
@@ -340,6 +342,41 @@ def test_kept_states_are_of_the_condition_and_the_parameters_that_are():
         kept, fresh = both(change)
         torch.testing.assert_close(kept, fresh, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(kept, plain[0], atol=1e-3)
+
+
+def test_an_inference_tensor_that_is_written_is_seen():
+    """It counts no versions, so nothing of it is kept."""
+    model = attached(gpt2, tap=None)
+    outs = []
+    with torch.inference_mode():
+        batch, y = prompt(model), torch.randn(2, 4, DC)
+        for same in (True, False):
+            mine, cache = y.clone(), tf.DynamicCache()
+            model(**batch, past_key_values=cache, routed_condition=mine)
+            mine.mul_(-2).add_(1)
+            outs.append(step(model, cache, routed_condition=mine if same else mine.clone()))
+    torch.testing.assert_close(*outs)
+
+
+def test_an_emptied_cache_takes_a_mask_for_a_new_prompt():
+    model = attached(llama, tap=None, targets=["q_proj"], condition_source="in_sequence")
+    mask, cache = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0]]), tf.DynamicCache()
+    with torch.no_grad():
+        model(**prompt(model), past_key_values=cache, routed_condition_mask=mask)
+        cache.reset()
+        batch = prompt(model)
+        got = model(**batch, past_key_values=cache, routed_condition_mask=mask).logits
+        torch.testing.assert_close(got, model(**batch, routed_condition_mask=mask).logits)
+
+
+def test_two_threads_generate_from_their_own_images():
+    model = attached(llava)
+    batches = [prompt(model), prompt(model, (2, 1)), prompt(model, (1, 2))]
+    want = [generate(model, batch)[0] for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            got = list(pool.map(lambda batch: generate(model, batch)[0], batches))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_in_sequence_states_of_old_parameters_raise():

@@ -81,6 +81,23 @@ def test_a_hook_that_raises_before_the_call_leaves_the_slot_alone():
         assert torch.equal(output_of(model(**batch)), under(model, batch, y))
 
 
+def test_a_call_that_broke_off_without_its_hooks_leaves_no_condition():
+    """Under torch.compile an exception skips the hook that ends the call."""
+    model, batch = attached(), batch_of(attached())
+    model._routed_peft.keywords[0].before(model, (), {"routed_condition": torch.randn(2, 4, DC)})
+    with pytest.raises(rp.MissingConditionError):
+        model(**batch)
+
+
+def test_earlier_hooks_do_not_see_the_keywords():
+    model, seen = bert(), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    rp.attach(model, rp.RoutedLoRAConfig(target_modules=["query"], condition_features=DC))
+    batch = batch_of(model)
+    model(**batch, routed_condition=torch.randn(2, 4, DC))
+    assert seen == [set(batch)]
+
+
 def test_a_call_within_the_call_has_its_own_condition():
     class Outer(nn.Module):
         def __init__(self):

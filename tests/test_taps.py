@@ -204,6 +204,21 @@ def test_a_text_only_batch_never_sees_an_earlier_image(make, in_sequence):
     assert output_of(out).isfinite().all()
 
 
+@pytest.mark.parametrize("make", [llava, bart, dual_encoder])
+def test_missing_base_is_the_frozen_model_for_text_alone(make):
+    model = tapped(make, missing="base")
+    batch = batch_of(model)
+    with torch.no_grad():
+        output_of(model(**batch))
+        part, text = (model, text_only(batch)) if make is llava else (
+            (model.text_model, {"input_ids": batch["input_ids"]}) if make is dual_encoder
+            else (model.model.decoder, {"input_ids": batch["input_ids"]})
+        )  # fmt: skip
+        got = output_of(part(**text))
+        rp.detach(model)
+        torch.testing.assert_close(got, output_of(part(**text)))
+
+
 @pytest.mark.parametrize("in_sequence", [False, True])
 def test_an_emptied_cache_forgets_the_image(in_sequence):
     from transformers import DynamicCache, StaticCache
