@@ -313,9 +313,7 @@ def is_empty(cache: Any) -> bool:
 
 def with_states(value: Delivered, cache: Any, slot: Slot) -> Delivered:
     """``value``, with states to keep what is encoded of it for the next call with the same cache."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return value
-    memory = memory_of(cache, slot)
+    memory = None if torch.compiler.is_compiling() else memory_of(cache, slot)
     if memory is None or (value.condition is None and value.mask is None):
         return value
     states, met = memory.states_for(value.condition, value.mask, fresh=is_empty(cache))
@@ -343,7 +341,7 @@ class CallKeywords:
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
             module.register_forward_hook(self.after, always_call=True),
         ]
-        self.methods = [Advertised(module, "forward")]
+        self.methods = [Advertised(module, "forward"), Replicate(module, "_replicate_for_data_parallel")]
         if callable(getattr(module, "generate", None)):
             self.methods.append(Generate(module, slot))
 
@@ -367,8 +365,6 @@ class CallKeywords:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             bind_checkpoints(module, slots_of(module))  # enabled again since, perhaps (Trainer does that)
         self.slot.enter(held)
-        if not self.inner:
-            self.slot.arrival = None
         return args, kwargs
 
     def after(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -421,6 +417,18 @@ class Advertised:
             del own[self.name]
             if self.replaced is not None:
                 own[self.name] = self.replaced
+
+
+class Replicate(Advertised):
+    """nn.DataParallel's replicas, which share the module's own attributes, get a ``forward`` of their own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The replica."""
+        replica = super().__call__(*args, **kwargs)
+        for name in ("forward", self.name):
+            if isinstance(replica.__dict__.get(name), Advertised):
+                del replica.__dict__[name]
+        return replica
 
 
 class Generate(Advertised):

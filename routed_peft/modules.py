@@ -84,7 +84,7 @@ class RoutedLayer(nn.Module):
     def _remembered(self, x: Tensor, given: Delivered) -> Delivered:
         """``given`` during a generation: with the state, which the prompt's call encodes and the next ones reuse."""
         assert given.states is not None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(given.condition, ConditionState):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return given
         dtype = functional.compute_dtype(x)
         if self.condition_source == "in_sequence":

@@ -162,8 +162,7 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
     if found is not None:
         found.install(slot)
     keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
-    if _model_type(model) in _OWN_GENERATE:
-        keywords.append(CallKeywords(model.get_submodule("language_model"), slot, inner=True))
+    keywords += [CallKeywords(part, slot, inner=True) for part in _called_by_generate(model)]
     report = AttachReport(list(chosen), skipped, None if found is None else found.description)
     model._routed_peft = _Attached(config, report, saved, before, keywords, found)  # type: ignore[assignment]
     return report
@@ -227,6 +226,16 @@ def check(model: nn.Module, *args: Any, **batch: Any) -> CheckReport:
     return CheckReport(
         [name for name, seen in names.items() if seen], [name for name, seen in names.items() if not seen]
     )
+
+
+def _called_by_generate(model: nn.Module) -> list[nn.Module]:
+    """The parts that ``generate`` calls with the model's arguments, without calling the model."""
+    parts = [model.get_submodule("language_model")] if _model_type(model) in _OWN_GENERATE else []
+    for whole in (model, *parts):
+        get_encoder: Any = getattr(whole, "get_encoder", None)
+        if get_encoder is not None and getattr(getattr(whole, "config", None), "is_encoder_decoder", False):
+            parts.append(get_encoder())
+    return [part for part in parts if part is not model]
 
 
 def _record(model: nn.Module) -> _Attached:

@@ -239,6 +239,36 @@ def test_a_generation_with_the_keyword_is_the_uncached_one(make, counted):
     assert not torch.allclose(uncached(model, batch, routed_condition=y.flip(0))[1], got[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [bart, t5])
+def test_an_encoder_takes_the_keyword_s_condition_too(make, counted):
+    """generate calls the encoder by itself, before the model and before the beams."""
+    model = attached(make, tap=None, targets={bart: ["q_proj"], t5: ["q"]}[make])
+    batch, y = prompt(model), torch.randn(2, 4, DC)
+    got = generate(model, batch, routed_condition=y)
+    assert counted == [sum(".decoder." in "." + name for name in model._routed_peft.report.names), 1]
+    assert_same(got, uncached(model, batch, routed_condition=y))
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    got = generate(model, batch, routed_condition=y, **beams)[0]
+    for i in range(2):
+        one = {name: value[i : i + 1] for name, value in batch.items()}
+        alone = generate(model, one, routed_condition=y[i : i + 1], **beams)[0]
+        assert torch.equal(alone[:, -5:], got[2 * i : 2 * i + 2, -5:])
+
+
+def test_a_wrong_condition_is_refused_as_in_a_plain_call():
+    model = attached(gpt2, tap=None, targets=["c_attn"], condition_features=None)
+    batch = prompt(model)
+    with pytest.raises(rp.ConditionShapeError, match="shares lora_A, so the condition needs in_features columns"):
+        generate(model, batch, routed_condition=torch.randn(2, 4, DC))
+    with pytest.raises(rp.ConditionShapeError, match="input batch 2 does not match condition batch 3|batch 2"):
+        generate(model, batch, routed_condition=torch.randn(3, 4, D))
+    model = attached(llama, tap=None, targets=["q_proj"], condition_source="in_sequence")
+    with pytest.raises(
+        rp.ConditionShapeError, match=r"in-sequence condition mask \(2, 4\) does not match input \(2, 5\)"
+    ):
+        generate(model, batch, routed_condition_mask=torch.ones(2, 4, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("make", [gpt2, bart, blip2])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_beams_expand_the_keyword_s_condition(make, indexed):

@@ -67,6 +67,7 @@ def test_the_condition_ends_with_the_call():
         model(**batch)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_hook_that_raises_before_the_call_leaves_the_slot_alone():
     model, batch, y = attached(), batch_of(attached()), torch.randn(2, 4, DC)
 
@@ -218,6 +219,19 @@ def test_copies_take_the_keywords_themselves():
         rp.detach(twin)
         assert "forward" not in twin.__dict__ and output_of(twin(**batch)).shape == want.shape
     assert torch.equal(output_of(model(**batch, routed_condition=y)), want)
+
+
+def test_a_replica_of_data_parallel_runs_its_own_parameters():
+    model = attached(gpt2, ["c_attn"])
+    batch, y = batch_of(model), torch.randn(2, 4, DC)
+    with torch.no_grad():
+        want = output_of(model(**batch, routed_condition=y))
+        replica = model._replicate_for_data_parallel()
+        replica._modules["lm_head"] = nn.Linear(32, 7)
+        assert output_of(replica(**batch, routed_condition=y)).shape[-1] == 7
+        assert torch.equal(output_of(model(**batch, routed_condition=y)), want)
+    rp.detach(model)
+    assert "_replicate_for_data_parallel" not in model.__dict__
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")

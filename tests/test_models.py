@@ -152,3 +152,14 @@ def test_labels_and_the_loss_pass_through():
     out.loss.backward()
     assert isinstance(out, tf.modeling_outputs.ModelOutput) and out.loss.isfinite()
     assert len(gradients(model)) == 3 * len(model._routed_peft.report.names)
+
+
+def test_an_encoder_attached_by_itself_is_a_model_like_others():
+    model = bart().model.encoder
+    rp.attach(model, rp.RoutedLoRAConfig(target_modules=["q_proj"], r=4, condition_features=DC))
+    awaken(model)
+    ids, y = torch.randint(3, 50, (2, 5)), torch.randn(2, 3, DC)
+    with torch.no_grad(), rp.condition(model, y):
+        want = output_of(model(ids))
+    with torch.no_grad():
+        assert torch.equal(output_of(model(ids, routed_condition=y)), want)

@@ -136,6 +136,13 @@ def test_decoders_tap_the_encoder_s_states(make, float_mask):
         torch.testing.assert_close(got[:1], output_of(model(**short)), rtol=1e-4, atol=1e-5)  # padded = alone
 
 
+def test_an_encoder_mask_of_another_form_is_refused():
+    model = tapped(bart)
+    ids, y = torch.randint(3, 50, (2, 4)), torch.randn(2, 5, D)
+    with pytest.raises(rp.ConditionShapeError, match=r"encoder attention mask \[batch, tokens\], got \(2, 1, 4, 5\)"):
+        model.model.decoder(ids, encoder_hidden_states=y, encoder_attention_mask=torch.ones(2, 1, 4, 5))
+
+
 @pytest.mark.parametrize("make", [dual_encoder, clip])
 def test_dual_encoders_tap_the_vision_model(make):
     model = tapped(make)
@@ -235,6 +242,42 @@ def test_an_emptied_cache_forgets_the_image(in_sequence):
             cache.reset()
             with pytest.raises(rp.MissingConditionError):  # one token, as a decode step has
                 model(batch["input_ids"][:, -1:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_an_emptied_cache_stays_without_the_image(in_sequence):
+    """A step after the text prompt that took the emptied cache is as far from the image as the prompt."""
+    from transformers import DynamicCache
+
+    options = {"condition_source": "in_sequence"} if in_sequence else {}
+    model = tapped(llava, targets=["q_proj"], missing="base", **options)
+    batch, cache = batch_of(model), DynamicCache()
+    text = text_only(batch)["input_ids"]
+    with torch.no_grad():
+        model(**batch, past_key_values=cache)
+        cache.reset()
+        model(text, past_key_values=cache)
+        got = model(text[:, :1], past_key_values=cache).logits
+        rp.detach(model)
+        want = model(torch.cat([text, text[:, :1]], 1)).logits[:, -1:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [bart, t5])
+def test_a_decoder_s_condition_is_that_of_the_call_whatever_the_cache_had(make):
+    model = tapped(make)
+    states = [model.get_encoder()(batch_of(model)["input_ids"]).last_hidden_state for _ in range(2)]
+    ids = torch.randint(3, 50, (2, 1))
+    with torch.no_grad():
+        outs = []
+        for keeps in (True, False):
+            cache = model(encoder_outputs=(states[0],), decoder_input_ids=ids).past_key_values
+            model(encoder_outputs=(states[0],), decoder_input_ids=ids, past_key_values=cache)
+            if not keeps:
+                cache.__dict__.pop("_routed_peft", None)
+            out = model(encoder_outputs=(states[1],), decoder_input_ids=ids, past_key_values=cache)
+            outs.append(out.logits)
+    torch.testing.assert_close(*outs)
 
 
 @pytest.mark.parametrize("own_cache", [False, True])
