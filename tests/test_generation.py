@@ -288,6 +288,18 @@ def test_beams_expand_the_keyword_s_condition(make, indexed):
         assert torch.equal(generate(model, one, **mine, **beams)[0][:, -5:], got[2 * i : 2 * i + 2, -5:])
 
 
+def test_beams_share_the_condition_of_a_surrounding_with(counted):
+    model = attached(gpt2, tap=None)
+    batch, y = prompt(model), torch.randn(2, 4, DC)
+    want = generate(model, batch, routed_condition=y, num_beams=3)[0]
+    counted[:] = [0, 0]
+    with rp.condition(model, y):
+        assert torch.equal(generate(model, batch, num_beams=3)[0], want)
+    assert counted == [len(layers_of(model)), 0]
+    with rp.condition(model, y, index=torch.tensor([1, 0])), pytest.raises(rp.ConditionShapeError, match="batch 6"):
+        generate(model, batch, num_beams=3)
+
+
 def test_an_in_sequence_mask_by_keyword_marks_rows_of_the_prompt(counted):
     model = attached(llama, tap=None, targets=["q_proj"], condition_source="in_sequence")
     batch = prompt(model)

@@ -1,5 +1,7 @@
 """Every model family: attach, run, train, save, load, detach; with the condition by tap where there is one."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -141,6 +143,37 @@ def test_generate_and_trainer_find_the_keyword_in_the_signature():
         generator = gpt2()
         rp.attach(generator, configs(gpt2)["lora"])
         generator.generate(**batch_of(generator), nonsense=1)
+
+
+def test_a_projector_trained_along_is_saved_and_its_gradient_takes_both_ways(tmp_path):
+    torch.manual_seed(1)
+    base = llava()
+    model, twin = base, copy.deepcopy(base)
+    config = rp.RoutedLoRAConfig(
+        target_modules=r".*\.(q_proj|down_proj)", r=4, condition_features=D, tap="auto", rank_pattern={"down_proj": 2},
+        modules_to_save=["multi_modal_projector"],
+    )  # fmt: skip
+    report = rp.attach(awaken(model), config)
+    awaken(model)
+    assert all("language_model" in name for name in report.names)
+    batch = batch_of(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    weight = model.model.multi_modal_projector.linear_2.weight
+    assert not torch.equal(weight, twin.model.multi_modal_projector.linear_2.weight)
+    rp.save_adapter(model, tmp_path)
+    rp.load_adapter(twin, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(output_of(model(**batch)), output_of(twin(**batch)))
+    with pytest.raises(rp.AdapterFileError, match="does not fit this 'paligemma' model.*the file lacks"):
+        rp.load_adapter(paligemma(), tmp_path)
 
 
 def test_labels_and_the_loss_pass_through():
