@@ -268,7 +268,8 @@ class Memory:
     ) -> tuple[States, bool]:
         """The states of the condition that is made of ``tensors``, and whether it was met before.
 
-        Only the very same tensors count as the same condition. ``fresh``: the cache is empty, so nothing was before.
+        Only the very same tensors count as the same condition. ``fresh``: nothing that was before counts, for instance
+        because the cache is empty.
         """
         known = [None if source is None else source() for source in self._sources]
         met = not fresh and len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors, strict=True))
@@ -316,9 +317,10 @@ def with_states(value: Delivered, cache: Any, slot: Slot) -> Delivered:
     memory = None if torch.compiler.is_compiling() else memory_of(cache, slot)
     if memory is None or (value.condition is None and value.mask is None):
         return value
-    states, met = memory.states_for(value.condition, value.mask, fresh=is_empty(cache))
-    if met and value.condition is None:
-        value = value._replace(mask=None)  # in sequence: the marked rows were in an earlier call
+    in_sequence = value.condition is None
+    states, met = memory.states_for(value.condition, value.mask, fresh=in_sequence and is_empty(cache))
+    if met and in_sequence:
+        value = value._replace(mask=None)  # the marked rows were in an earlier call
     return value._replace(states=states)
 
 

@@ -131,9 +131,10 @@ class LanguageModelTap(Tap):
 
     def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Deliver the image of this call, else that of the call which filled the cache."""
+        fills = self._begin(module)  # first: ``after`` leaves what this enters, whatever is raised here
         found = self.find(kwargs)
         self.slot.arrival = None
-        if not self._begin(module):
+        if not fills:
             return
         cache = kwargs.get("past_key_values")
         memory = memory_of(cache, self.slot)
