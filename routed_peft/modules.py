@@ -93,7 +93,7 @@ class RoutedLayer(nn.Module):
                 state = given.states.find(self, dtype)
             elif x.shape[:-1].numel() == given.mask.numel():
                 rows = x.reshape(*given.mask.shape, x.shape[-1])
-                state = given.states.keep(self, dtype, self._encode(rows.to(dtype), given.mask))
+                state = given.states.keep(self, dtype, self._encode(rows, given.mask))
             return given if state is None else given._replace(condition=state, mask=None)
         y, mask = given.condition, given.mask
         if self.training or not isinstance(y, Tensor):  # in training mode dropout is drawn at each step

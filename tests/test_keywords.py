@@ -1,6 +1,7 @@
 """routed_condition= and its companions on an attached model's own call."""
 
 import copy
+import functools
 import inspect
 import io
 import types
@@ -219,6 +220,18 @@ def test_copies_take_the_keywords_themselves():
         rp.detach(twin)
         assert "forward" not in twin.__dict__ and output_of(twin(**batch)).shape == want.shape
     assert torch.equal(output_of(model(**batch, routed_condition=y)), want)
+
+
+def test_a_patch_that_shows_the_signature_it_wraps_can_outlive_the_adapter():
+    model, batch, y = attached(), batch_of(attached()), torch.randn(2, 4, DC)
+    model.forward = functools.wraps(model.forward)(
+        lambda *args, before=model.forward, **kwargs: before(*args, **kwargs)
+    )
+    rp.detach(model)
+    plain = output_of(model(**batch))
+    rp.attach(model, rp.RoutedLoRAConfig(target_modules=["query"], condition_features=DC))
+    assert [*inspect.signature(model.forward).parameters].count("routed_condition") == 1
+    assert torch.allclose(output_of(model(**batch, routed_condition=y)), plain, atol=1e-6)
 
 
 def test_a_replica_of_data_parallel_runs_its_own_parameters():

@@ -532,6 +532,22 @@ def test_a_tap_that_is_not_there_is_refused():
                       else rp.RoutedLoRAConfig(target_modules=["q_proj"]), tap="auto")  # fmt: skip
 
 
+def test_the_tap_argument_leaves_the_config_as_it_was():
+    config = rp.RoutedLoRAConfig(target_modules=["q_proj"], condition_features=D)
+    assert rp.attach(llava(), config, tap="auto").tap and config.tap is None
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_tap_compiles_without_a_break(in_sequence):
+    options = {"condition_source": "in_sequence"} if in_sequence else {}
+    model = tapped(llava, targets=["q_proj"], **options)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (batch_of(model), image_batch(model, (1, 2))):
+            want = output_of(model(**batch, use_cache=False))
+            torch.testing.assert_close(output_of(compiled(**batch, use_cache=False)), want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_tap_is_saved_and_loaded(tmp_path):
     model = tapped(llava)
     batch = batch_of(model)
