@@ -91,7 +91,7 @@ class RoutedLayer(nn.Module):
             state = None
             if given.mask is None:
                 state = given.states.find(self, dtype)
-            elif x.shape[:-1].numel() == given.mask.numel():
+            elif x.shape[:-1].numel() == given.mask.numel() and (x.dim() == 2 or len(x) == len(given.mask)):
                 rows = x.reshape(*given.mask.shape, x.shape[-1])
                 state = given.states.keep(self, dtype, self._encode(rows, given.mask))
             return given if state is None else given._replace(condition=state, mask=None)

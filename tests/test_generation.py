@@ -263,10 +263,10 @@ def test_a_wrong_condition_is_refused_as_in_a_plain_call():
     with pytest.raises(rp.ConditionShapeError, match="input batch 2 does not match condition batch 3|batch 2"):
         generate(model, batch, routed_condition=torch.randn(3, 4, D))
     model = attached(llama, tap=None, targets=["q_proj"], condition_source="in_sequence")
-    with pytest.raises(
-        rp.ConditionShapeError, match=r"in-sequence condition mask \(2, 4\) does not match input \(2, 5\)"
-    ):
-        generate(model, batch, routed_condition_mask=torch.ones(2, 4, dtype=torch.bool))
+    for wrong in ((2, 4), (1, 10)):  # the second has as many entries, in rows that are not the samples
+        text = rf"in-sequence condition mask \({wrong[0]}, {wrong[1]}\) does not match input \(2, 5\)"
+        with pytest.raises(rp.ConditionShapeError, match=text):
+            generate(model, batch, routed_condition_mask=torch.ones(wrong, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("make", [gpt2, bart, blip2])
