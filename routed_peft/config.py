@@ -34,6 +34,8 @@ class RoutedConfig:
             matches counts.
         modules_to_save: names, or ends of names, of modules to train as they are and to save with the adapter.
         init: "kaiming" or "gaussian".
+        tap: where the model's own call shows the condition: None (it is given with each call), "auto" (by the model's
+            type) or the path of the module whose output it is.
         format_version: of the saved form.
     """
 
@@ -50,6 +52,7 @@ class RoutedConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
     init: str = "kaiming"
+    tap: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class RoutedConfig:
         one_of("init", self.init, ("kaiming", "gaussian"))
         for pattern, r in _patterns("rank_pattern", self.rank_pattern).items():
             _positive(f"rank_pattern[{pattern!r}]", r)
+        if self.tap is not None and not (isinstance(self.tap, str) and self.tap):
+            raise ValueError(f"tap must be None, 'auto' or the path of a module, got {self.tap!r}")
         if self.format_version != FORMAT_VERSION:
             raise AdapterFileError(f"format_version is {self.format_version!r}, this version reads {FORMAT_VERSION}")
 
@@ -132,7 +137,7 @@ class RoutedLoRAConfig(RoutedConfig):
         alpha_pattern: regular expression -> ``lora_alpha``, as ``rank_pattern``.
 
     The others as :class:`RoutedConfig`: target_modules, exclude_modules, r, routing, condition_features,
-    condition_pool, condition_scale, missing, rank_pattern, modules_to_save, init, format_version.
+    condition_pool, condition_scale, missing, rank_pattern, modules_to_save, init, tap, format_version.
     """
 
     kind: ClassVar[str] = "lora"
@@ -185,7 +190,7 @@ class RoutedAdapterConfig(RoutedConfig):
             without it, for modules as wide at the input as at the output.
 
     The others as :class:`RoutedConfig`: target_modules, exclude_modules, r, routing, condition_features,
-    condition_pool, condition_scale, missing, rank_pattern, modules_to_save, init, format_version.
+    condition_pool, condition_scale, missing, rank_pattern, modules_to_save, init, tap, format_version.
     """
 
     kind: ClassVar[str] = "adapter"

@@ -1,23 +1,34 @@
 """How a condition reaches the routed layers of a model: one slot per model, and who fills it.
 
-Layers read only their slot. What a slot holds belongs to one thread. Gradient checkpointing runs a layer a second time,
-during the backward pass: perhaps in another thread, and after the model has seen other conditions. So a checkpointed
-segment takes the condition of its own forward along, as an argument of the checkpointed function (``BoundCheckpoint``),
-and a layer that is recomputed without one raises instead of using whatever the slot holds by then.
+Layers read only their slot. It is filled by :func:`condition`, by the keywords of the model's own call
+(``CallKeywords``) or by a tap (``taps``). What a slot holds belongs to one thread.
+
+Gradient checkpointing runs a layer a second time, during the backward pass: perhaps in another thread, and after the
+model has seen other conditions. So a checkpointed segment takes the condition of its own forward along, as an argument
+of the checkpointed function (``BoundCheckpoint``), and a layer that is recomputed without one raises instead of using
+whatever the slot holds by then.
+
+A generation calls the model once for each token, with one key/value cache. What the layers encode of the condition at
+the first call is kept with that cache (``Memory``) for the others.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .errors import MissingConditionError, RoutedPeftError
+from .errors import ConditionShapeError, MissingConditionError, RoutedPeftError
 from .state import ConditionState
+
+if TYPE_CHECKING:
+    from .modules import RoutedLayer
 
 
 class Delivered(NamedTuple):
@@ -27,11 +38,38 @@ class Delivered(NamedTuple):
     mask: Tensor | None
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     input_mask: Tensor | None
+    states: States | None = None  # where the layers keep what they encode of it, during a generation
+
+    def is_empty(self) -> bool:
+        """Whether there is no condition in it, only perhaps an input mask."""
+        return self.condition is None and self.mask is None and self.states is None
+
+
+class Held(NamedTuple):
+    """What a slot holds in one thread, and since when."""
+
+    value: Delivered | None = None
+    task: int = -1  # the backward pass that was running when it was set, -1 for none
+    explicit: bool = False  # given by the user, so that no tap replaces it
+
+    @property
+    def tapped(self) -> bool:
+        """Whether a tap delivered it."""
+        return not self.explicit and self.value is not None and not self.value.is_empty()
+
+
+_NOTHING = Held()
+
+
+def running_backward() -> int:
+    """Which backward pass is running in this thread, -1 for none; what is being traced is a forward."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 class Slot:
     """Holds the condition of the running call, for each thread its own.
 
+    ``holding`` is for callers that can wrap a call, ``enter`` and ``leave`` for hooks before and after it.
     Never part of a state dict; a deep copy or an unpickled slot is a new, empty one (shared by the copied layers).
     """
 
@@ -51,28 +89,81 @@ class Slot:
             )
         return self.value()
 
-    def value(self) -> Delivered | None:
+    def held(self) -> Held:
         """What this thread's slot holds."""
-        return getattr(self._local, "value", None)
+        return getattr(self._local, "held", _NOTHING)
+
+    def value(self) -> Delivered | None:
+        """The condition that this thread's slot holds."""
+        return self.held().value
 
     def outlived(self) -> bool:
         """Whether a backward pass is running that the content of the slot (be it nothing) was not set in.
 
         A layer that runs then is being recomputed, and its forward may have had another condition.
         """
-        task = torch._C._current_graph_task_id()
-        return task != -1 and task != getattr(self._local, "task", -1)
+        task = running_backward()
+        return task != -1 and task != self.held().task
 
     @contextmanager
     def holding(self, value: Delivered | None) -> Iterator[None]:
         """Hold ``value``; afterwards, also after an exception, what was held before."""
         local = self._local
-        before = getattr(local, "value", None), getattr(local, "task", -1)
-        local.value, local.task = value, torch._C._current_graph_task_id()
+        before = self.held(), getattr(local, "base", _NOTHING)
+        local.held = local.base = Held(value, running_backward(), explicit=value is not None)
         try:
             yield
         finally:
-            local.value, local.task = before
+            local.held, local.base = before
+
+    def base(self) -> Held:
+        """What the innermost ``holding`` holds."""
+        return getattr(self._local, "base", _NOTHING)
+
+    def enter(self, held: Held) -> None:
+        """Hold ``held`` until ``leave``; calls nest."""
+        local = self._local
+        local.frames = (self.held(), getattr(local, "frames", None))
+        local.held = held
+
+    def fill(self, value: Delivered) -> None:
+        """Hold a tapped ``value`` for the rest of the call that was entered last."""
+        self._local.held = Held(value, running_backward())
+
+    def leave(self) -> None:
+        """Hold what was held before the last ``enter``."""
+        local = self._local
+        frames = getattr(local, "frames", None)
+        if frames is not None:  # None: another hook raised before ours could enter
+            local.held, local.frames = frames
+
+    def in_call(self) -> bool:
+        """Whether a call was entered and not left."""
+        return getattr(self._local, "frames", None) is not None
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """While a ``generate`` runs, which may call parts of the model without calling the model."""
+        local = self._local
+        before = self.in_generation()
+        local.generation = True
+        try:
+            yield
+        finally:
+            local.generation, local.arrival = before, None
+
+    def in_generation(self) -> bool:
+        """Whether a ``generate`` is running."""
+        return getattr(self._local, "generation", False)
+
+    @property
+    def arrival(self) -> Tensor | None:
+        """What a tap has found in the running call, for the part of it that is still to come."""
+        return getattr(self._local, "arrival", None)
+
+    @arrival.setter
+    def arrival(self, found: Tensor | None) -> None:
+        self._local.arrival = found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot()  # deepcopy's memo makes the copied layers share it
@@ -139,6 +230,231 @@ def slots_of(model: nn.Module) -> list[Slot]:
     return list(slots.values())
 
 
+# ------------------------------------------------------------------------------------------------ generation
+class States:
+    """What the layers have encoded of one condition, so that the steps of a generation do not encode it again.
+
+    ``owned`` says that nobody else can write the condition's tensors.
+    """
+
+    def __init__(self, owned: bool = False) -> None:
+        self.owned = owned
+        self._kept: weakref.WeakKeyDictionary[RoutedLayer, tuple[ConditionState, Any]] = weakref.WeakKeyDictionary()
+
+    def find(self, layer: RoutedLayer, key: Any) -> ConditionState | None:
+        """The state that ``layer`` kept under an equal ``key``."""
+        state, kept_under = self._kept.get(layer, (None, None))
+        return state if kept_under == key else None
+
+    def keep(self, layer: RoutedLayer, key: Any, state: ConditionState) -> ConditionState:
+        """Keep ``state`` for ``layer`` in place of an earlier one."""
+        self._kept[layer] = state, key
+        return state
+
+
+class Memory:
+    """What a key/value cache remembers for one slot: the condition its prompt had.
+
+    It lives and dies with the cache, so two generations that take turns keep apart.
+    """
+
+    def __init__(self) -> None:
+        self.tapped: Delivered | None = None  # what a tap delivered for the prompt
+        self._sources: tuple[Any, ...] = ()
+        self._states = States()
+
+    def states_for(
+        self, *tensors: Tensor | ConditionState | None, fresh: bool, owned: bool = False
+    ) -> tuple[States, bool]:
+        """The states of the condition that is made of ``tensors``, and whether it was met before.
+
+        Only the very same tensors count as the same condition. ``fresh``: nothing that was before counts, for instance
+        because the cache is empty.
+        """
+        known = [None if source is None else source() for source in self._sources]
+        met = not fresh and len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors, strict=True))
+        if not met:
+            self._sources = tuple(None if t is None else weakref.ref(t) for t in tensors)
+            self._states = States(owned)
+        return self._states, met
+
+
+class _Memories:
+    """A cache's memories, by slot. A deep copy of the cache, as of a shared prompt, remembers the same."""
+
+    def __init__(self) -> None:
+        self.by_slot: weakref.WeakKeyDictionary[Slot, Memory] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memories:
+        twin = _Memories()
+        for slot, memory in self.by_slot.items():
+            copied = twin.by_slot[slot] = Memory()
+            copied.__dict__.update(memory.__dict__)
+        return twin
+
+    def __reduce__(self) -> tuple[type[_Memories], tuple[()]]:
+        return _Memories, ()
+
+
+def memory_of(cache: Any, slot: Slot) -> Memory | None:
+    """What ``cache`` (a transformers Cache) remembers for ``slot``; None if there is no such cache."""
+    if not hasattr(cache, "get_seq_length"):
+        return None
+    memories = cache.__dict__.setdefault("_routed_peft", _Memories())
+    return memories.by_slot.setdefault(slot, Memory())  # type: ignore[no-any-return]
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether a cache holds no token (a None is empty too).
+
+    A static cache counts on its device, so asking waits for it.
+    """
+    return cache is None or int(cache.get_seq_length()) == 0
+
+
+def with_states(value: Delivered, cache: Any, slot: Slot) -> Delivered:
+    """``value``, with states to keep what is encoded of it for the next call with the same cache."""
+    memory = None if torch.compiler.is_compiling() else memory_of(cache, slot)
+    if memory is None or (value.condition is None and value.mask is None):
+        return value
+    in_sequence = value.condition is None
+    states, met = memory.states_for(value.condition, value.mask, fresh=in_sequence and is_empty(cache))
+    if met and in_sequence:
+        value = value._replace(mask=None)  # the marked rows were in an earlier call
+    return value._replace(states=states)
+
+
+# ------------------------------------------------------------------------------------------------ the call's keywords
+KEYWORDS = ("routed_condition", "routed_condition_mask", "routed_condition_index", "routed_input_mask")
+
+
+class CallKeywords:
+    """``routed_condition=`` and its companions on a module's own call, and through ``generate``.
+
+    Hooks take the keywords off the call and fill the slot. ``forward`` and ``generate`` only say in their signatures
+    that the keywords exist (generate and Trainer ask ``forward``) and call what was there before. So another patch of
+    ``forward`` works, whether it was made before or comes later.
+    """
+
+    def __init__(self, module: nn.Module, slot: Slot, inner: bool = False) -> None:
+        self.module, self.slot = module, slot
+        self.inner = inner  # a part of the model: a call of the whole that surrounds it goes on
+        self.handles = [
+            module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+        self.methods = [Advertised(module, "forward"), Replicate(module, "_replicate_for_data_parallel")]
+        if callable(getattr(module, "generate", None)):
+            self.methods.append(Generate(module, slot))
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook: what was given holds for this call; nothing given is what a ``with`` around it gives."""
+        y, mask, index, input_mask = (kwargs.get(name) for name in KEYWORDS)
+        kwargs = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
+        if not (y is None or isinstance(y, (Tensor, ConditionState))):
+            raise TypeError(f"routed_condition takes a Tensor, a ConditionState or None, got {type(y).__name__}")
+        if index is not None and y is None:
+            raise ConditionShapeError("routed_condition_index goes with routed_condition, which was not given")
+        # Not what the slot holds: a call that broke off under torch.compile, which drops hooks on errors, leaves that.
+        held = self.slot.held() if self.inner and self.slot.in_call() else self.slot.base()
+        if y is not None or mask is not None:
+            held = Held(Delivered(y, mask, index, input_mask), running_backward(), explicit=True)
+        elif input_mask is not None:
+            value = held.value or Delivered(None, None, None, None)
+            held = held._replace(value=value._replace(input_mask=input_mask))
+        if held.explicit and held.value is not None:
+            held = held._replace(value=with_states(held.value, kwargs.get("past_key_values"), self.slot))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            bind_checkpoints(module, slots_of(module))  # enabled again since, perhaps (Trainer does that)
+        self.slot.enter(held)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Forward hook, after an exception too: the condition ends with the call."""
+        self.slot.leave()
+        if not self.inner:
+            self.slot.arrival = None
+
+    def remove(self) -> None:
+        """Undo it; a patch of ``forward`` that was made since stays, and still works."""
+        for handle in self.handles:
+            handle.remove()
+        for method in self.methods:
+            method.remove()
+
+
+class Advertised:
+    """A module's method that says in its signature that it takes the keywords, and is else the one it was.
+
+    An object and not a closure, so that a deep-copied or pickled module gets its own.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.replaced = module.__dict__.get(name)  # what another patch had put there
+        module.__dict__[name] = self
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self._method())
+        parameters = list(signature.parameters.values())
+        named = [p for p in parameters if p.kind != p.VAR_KEYWORD and p.name not in KEYWORDS]
+        rest = [p for p in parameters if p.kind == p.VAR_KEYWORD]
+        more = [inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=None) for keyword in KEYWORDS]
+        return signature.replace(parameters=[*named, *more, *rest])
+
+    def _method(self) -> Callable[..., Any]:
+        if self.replaced is not None:
+            return self.replaced  # type: ignore[no-any-return]
+        return getattr(type(self.module), self.name).__get__(self.module)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's method would have returned."""
+        return self._method()(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there, unless somebody else has replaced this by now."""
+        own = self.module.__dict__
+        if own.get(self.name) is self:
+            del own[self.name]
+            if self.replaced is not None:
+                own[self.name] = self.replaced
+
+
+class Replicate(Advertised):
+    """nn.DataParallel's replicas, which share the module's own attributes, get a ``forward`` of their own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The replica."""
+        replica = super().__call__(*args, **kwargs)
+        for name in ("forward", self.name):
+            if isinstance(replica.__dict__.get(name), Advertised):
+                del replica.__dict__[name]
+        return replica
+
+
+class Generate(Advertised):
+    """``generate`` with the keywords.
+
+    What a tap finds in it, for a call of the language model that then does not come, ends with it.
+    """
+
+    def __init__(self, module: nn.Module, slot: Slot) -> None:
+        super().__init__(module, "generate")
+        self.slot = slot
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate."""
+        y, mask, index, _ = (kwargs.get(name) for name in KEYWORDS)
+        if index is not None and isinstance(y, Tensor):
+            # generate repeats every tensor for its beams; an index into repeated rows would point to wrong ones.
+            rows = index.to(torch.int64)
+            kwargs.update(routed_condition=y[rows], routed_condition_mask=None if mask is None else mask[rows])
+            del kwargs["routed_condition_index"]
+        with self.slot.generation():
+            return super().__call__(*args, **kwargs)
+
+
 # ------------------------------------------------------------------------------------------------ checkpointing
 _FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps it, on the models and layers that checkpoint
 
@@ -189,12 +505,6 @@ def unbind_checkpoints(model: nn.Module) -> None:
         function = module.__dict__.get(_FUNCTION)
         if isinstance(function, BoundCheckpoint):
             module.__dict__[_FUNCTION] = function.function
-
-
-def bind_before_forward(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of an attached model: checkpointing may have been enabled again since (Trainer does that)."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        bind_checkpoints(model, slots_of(model))
 
 
 def _tensor_of(value: Delivered | None) -> Tensor | None:

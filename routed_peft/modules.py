@@ -15,7 +15,7 @@ from .delivery import Delivered, Slot
 from .errors import ConditionShapeError, MissingConditionError, StaleStateError, UnsupportedError
 from .reference import Options
 from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
-from .state import ConditionState
+from .state import ConditionState, versions_of
 
 MISSING = ("error", "base", "lora")
 
@@ -46,7 +46,7 @@ class RoutedLayer(nn.Module):
         return f"{type(self).__name__} '{self.name}'" if self.name else type(self).__name__
 
     def _delivered(
-        self, condition: Any, mask: Tensor | None, index: Tensor | None, input_mask: Tensor | None
+        self, x: Tensor, condition: Any, mask: Tensor | None, index: Tensor | None, input_mask: Tensor | None
     ) -> Delivered | None:
         """The condition of this call: the explicit arguments, else what the model's slot holds; None if missing."""
         if self.routing == "none":
@@ -60,6 +60,9 @@ class RoutedLayer(nn.Module):
                 )
             return self._own(Delivered(condition, mask, index, input_mask))
         slot = self.slot.read(self.label) if self.slot is not None else None
+        if slot is not None and slot.states is not None:
+            slot = self._remembered(x, slot)
+            in_sequence = in_sequence and slot.condition is None
         if slot is not None and (slot.mask if in_sequence else slot.condition) is not None:
             if mask is not None or index is not None:
                 raise ConditionShapeError(
@@ -76,6 +79,35 @@ class RoutedLayer(nn.Module):
                 "frozen layer."
             )
         return None
+
+    def _remembered(self, x: Tensor, given: Delivered) -> Delivered:
+        """``given`` during a generation: with the state, which the prompt's call encodes and the next ones reuse."""
+        assert given.states is not None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return given
+        dtype = functional.compute_dtype(x)
+        if self.condition_source == "in_sequence":
+            state = None
+            if given.mask is None:
+                state = given.states.find(self, dtype)
+            elif x.shape[:-1].numel() == given.mask.numel() and (x.dim() == 2 or len(x) == len(given.mask)):
+                rows = x.reshape(*given.mask.shape, x.shape[-1])
+                state = given.states.keep(self, dtype, self._encode(rows, given.mask))
+            return given if state is None else given._replace(condition=state, mask=None)
+        y, mask = given.condition, given.mask
+        if self.training or not isinstance(y, Tensor):  # in training mode dropout is drawn at each step
+            return given
+        versions = [None if t is None or t.is_inference() else t._version for t in (y, mask)]
+        if not given.states.owned and any(t is not None and t.is_inference() for t in (y, mask)):
+            return given  # somebody may write it, and no version would tell
+        key = dtype, versions, versions_of(*self.parameters(recurse=False))
+        state = given.states.find(self, key)
+        if state is None:
+            try:
+                state = given.states.keep(self, key, self._encode(y.to(dtype), mask))
+            except ConditionShapeError:
+                return given  # for the call itself to refuse, which knows its input too
+        return given._replace(condition=state, mask=None)
 
     def _own(self, given: Delivered) -> Delivered:
         """``given``, unless it holds a state of another layer, which may well have the right shape."""
@@ -97,13 +129,12 @@ class RoutedLayer(nn.Module):
         zero = sum((p * 0).sum() for p in parameters if p is not None and p.requires_grad)
         return out + zero.to(out.dtype)  # type: ignore[union-attr]
 
-    def _encode(
-        self, condition: Tensor, mask: Tensor | None, c: Tensor, b_c: Tensor | None, groups: int
-    ) -> ConditionState:
-        if self.condition_source == "in_sequence":
-            raise UnsupportedError(
-                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
-            )
+    def _projection(self) -> tuple[Tensor, Tensor | None, int]:
+        """What projects the condition: the matrix, its bias, and how many output slices route on their own."""
+        raise NotImplementedError
+
+    def _encode(self, condition: Tensor, mask: Tensor | None) -> ConditionState:
+        c, b_c, groups = self._projection()
         return functional.encode_condition(
             condition, c, routing=self.routing, mask=mask, pool=self.condition_pool, scale=self.condition_scale,
             b_C=b_c, groups=groups, backend=self.backend, name=self.label,
@@ -262,11 +293,11 @@ class RoutedLoRA(RoutedLayer):
             ConditionShapeError: sizes, dtypes or devices do not fit.
             StaleStateError: the state is older than the parameters.
         """
-        given = self._delivered(condition, condition_mask, condition_index, input_mask)
+        given = self._delivered(x, condition, condition_mask, condition_index, input_mask)
         if given is None and self.missing == "base":
             return self._touch(self.base_layer(x), self.lora_A, self.lora_B, self.condition_A)
         routing = self.routing if given is not None else "none"
-        y, mask, index, valid = given if given is not None else Delivered(None, None, None, None)
+        y, mask, index, valid, _ = given if given is not None else Delivered(None, None, None, None)
         p = self.lora_dropout if self.training else 0.0
         condition_p = self.condition_dropout if self.training and self.condition_dropout is not None else p
         options: dict[str, Any] = dict(
@@ -298,8 +329,14 @@ class RoutedLoRA(RoutedLayer):
         Returns:
             The state; without dropout. It goes stale when ``lora_A`` or ``condition_A`` change.
         """
-        c = self.lora_A if self.condition_A is None else self.condition_A
-        return self._encode(condition, condition_mask, c, None, self.groups)
+        if self.condition_source == "in_sequence":
+            raise UnsupportedError(
+                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
+            )
+        return self._encode(condition, condition_mask)
+
+    def _projection(self) -> tuple[Tensor, Tensor | None, int]:
+        return (self.lora_A if self.condition_A is None else self.condition_A), None, self.groups
 
     def bake(self, condition: Tensor | ConditionState, condition_mask: Tensor | None = None) -> nn.Linear:
         """One condition fixed for good: the plain ``nn.Linear`` that this layer then is, exactly.
@@ -460,11 +497,11 @@ class RoutedAdapter(RoutedLayer):
         input_mask: Tensor | None = None,
     ) -> Tensor:
         """x [B, N, d] or [B·N, d] -> the same shape; the other arguments and errors as :meth:`RoutedLoRA.forward`."""
-        given = self._delivered(condition, condition_mask, condition_index, input_mask)
+        given = self._delivered(x, condition, condition_mask, condition_index, input_mask)
         if given is None and self.missing == "base":
             return self._touch(x if self.residual else torch.zeros_like(x), *self.parameters(recurse=False))
         routing = self.routing if given is not None else "none"
-        y, mask, index, valid = given if given is not None else Delivered(None, None, None, None)
+        y, mask, index, valid, _ = given if given is not None else Delivered(None, None, None, None)
         assert self.down is not None and self.up is not None
         out = functional.apply(
             self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
@@ -476,10 +513,13 @@ class RoutedAdapter(RoutedLayer):
 
     def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
         """Encode a condition y [B, M, d_c] or [B, d_c] once, for many calls of this layer."""
+        return self._encode(condition, condition_mask)
+
+    def _projection(self) -> tuple[Tensor, Tensor | None, int]:
+        if self.condition_down is not None:
+            return self.condition_down, self.condition_bias, 1
         assert self.down is not None
-        if self.condition_down is None:
-            return self._encode(condition, condition_mask, self.down, self.down_bias, 1)
-        return self._encode(condition, condition_mask, self.condition_down, self.condition_bias, 1)
+        return self.down, self.down_bias, 1
 
     def extra_repr(self) -> str:
         """The options in the module's printed form."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
-from .delivery import Slot, bind_before_forward, unbind_checkpoints
+from .delivery import CallKeywords, Slot, unbind_checkpoints
 from .errors import AdapterFileError, ConditionShapeError, RoutedPeftError
 from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA, parameter_options
+from .taps import Tap, find_tap
 from .targets import modules_to_save, output_width, select
 
+_OWN_GENERATE = {"blip-2"}  # models whose generate hands its arguments to their language model's
 CONFIG_FILE, TENSOR_FILE = "routed_config.json", "routed_adapter.safetensors"
 
 
@@ -28,13 +29,16 @@ class AttachReport:
     Attributes:
         names: paths of the adapted modules.
         skipped: path -> reason, of the modules that target_modules selects and that were left alone.
+        tap: where the condition is tapped; None if it is given with each call.
     """
 
     names: list[str]
     skipped: dict[str, str]
+    tap: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{len(self.names)} modules adapted, {len(self.skipped)} skipped"]
+        tap = "" if self.tap is None else f"; condition: {self.tap}"
+        lines = [f"{len(self.names)} modules adapted, {len(self.skipped)} skipped{tap}"]
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped.items()])
 
 
@@ -63,7 +67,8 @@ class _Attached:
     report: AttachReport
     saved: list[str]  # paths of modules_to_save
     requires_grad: dict[str, bool]  # of every parameter, as attach found it
-    hook: RemovableHandle
+    keywords: list[CallKeywords]
+    tap: Tap | None
 
 
 class AdaptedModule(nn.Module):
@@ -106,27 +111,41 @@ class AdaptedModule(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ attach and detach
-def attach(model: nn.Module, config: RoutedConfig) -> AttachReport:
+def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> AttachReport:
     """Put routed layers around the modules that ``config`` selects, and freeze everything else.
 
-    Trainable afterwards: the adapters and ``modules_to_save``. A model that raises is left as it was.
+    Trainable afterwards: the adapters and ``modules_to_save``. The model's own call and its ``generate`` then take
+    ``routed_condition`` [B, M, d_c] or [B, d_c], ``routed_condition_mask`` [B, M], ``routed_condition_index`` [B] and
+    ``routed_input_mask`` [B, N], as the arguments of :func:`condition`. A model that raises is left as it was.
 
     Args:
-        model: any module; "all-linear" and cross_gram look at a transformers model's config.
+        model: any module; "all-linear", cross_gram and taps look at a transformers model's config.
         config: RoutedLoRAConfig or RoutedAdapterConfig.
+        tap: replaces ``config.tap``, unless None: "auto", or the path of the module whose output is the condition.
+            Modules that run before a tapped condition exists (a vision tower) are skipped.
 
     Returns:
         What was adapted, and what was skipped for which reason.
 
     Raises:
         RoutedPeftError: nothing matched, or there are routed layers already.
-        UnsupportedError: a module named in a ``target_modules`` list cannot be adapted; the text says why.
+        UnsupportedError: a module named in a ``target_modules`` list cannot be adapted, or there is no such tap for
+            this model; the text says why.
     """
+    if tap is not None:
+        config = replace(config, tap=tap)
     held = next((name for name, module in model.named_modules() if isinstance(module, RoutedLayer)), None)
     if held is not None:
         raise RoutedPeftError(f"{type(model).__name__} already holds a routed layer, '{held}'; detach the model first")
     saved = modules_to_save(model, config)
     chosen, skipped = select(model, config, saved)
+    found = find_tap(model, config.tap, getattr(config, "condition_source", "external") == "in_sequence")
+    if found is not None:
+        early = [name for name in chosen if not found.reaches(name)]
+        skipped.update((name, f"it runs where the {found.description} is not known") for name in early)
+        chosen = {name: module for name, module in chosen.items() if name not in early}
+        if not chosen:
+            raise RoutedPeftError(f"{len(early)} modules match, such as '{early[0]}', but {skipped[early[0]]}")
     slot = Slot()
     layers: dict[int, nn.Module] = {}  # by base layer, which may be in the model more than once
     for name, module in chosen.items():
@@ -140,14 +159,17 @@ def attach(model: nn.Module, config: RoutedConfig) -> AttachReport:
             p.requires_grad_(p.is_floating_point())
     for name, module in chosen.items():
         model.set_submodule(name, layers[id(module)])
-    hook = model.register_forward_pre_hook(bind_before_forward)
-    report = AttachReport(list(chosen), skipped)
-    model._routed_peft = _Attached(config, report, saved, before, hook)  # type: ignore[assignment]
+    if found is not None:
+        found.install(slot)
+    keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
+    keywords += [CallKeywords(part, slot, inner=True) for part in _called_by_generate(model)]
+    report = AttachReport(list(chosen), skipped, None if found is None else found.description)
+    model._routed_peft = _Attached(config, report, saved, before, keywords, found)  # type: ignore[assignment]
     return report
 
 
 def detach(model: nn.Module) -> None:
-    """Undo :func:`attach`: the base layers, the requires_grad flags and the checkpoint functions as they were.
+    """Undo :func:`attach`: base layers, requires_grad flags, hooks, methods and checkpoint functions as they were.
 
     Weights that ``modules_to_save`` trained keep their values.
 
@@ -159,7 +181,10 @@ def detach(model: nn.Module) -> None:
         layer = model.get_submodule(name)
         if isinstance(layer, (RoutedLoRA, AdaptedModule)):  # else a shared parent, restored under its other name
             model.set_submodule(name, layer.base_layer)
-    record.hook.remove()
+    if record.tap is not None:
+        record.tap.remove()
+    for keywords in record.keywords:
+        keywords.remove()
     unbind_checkpoints(model)
     del model._routed_peft
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -201,6 +226,16 @@ def check(model: nn.Module, *args: Any, **batch: Any) -> CheckReport:
     return CheckReport(
         [name for name, seen in names.items() if seen], [name for name, seen in names.items() if not seen]
     )
+
+
+def _called_by_generate(model: nn.Module) -> list[nn.Module]:
+    """The parts that ``generate`` calls with the model's arguments, without calling the model."""
+    parts = [model.get_submodule("language_model")] if _model_type(model) in _OWN_GENERATE else []
+    for whole in (model, *parts):
+        get_encoder: Any = getattr(whole, "get_encoder", None)
+        if get_encoder is not None and getattr(getattr(whole, "config", None), "is_encoder_decoder", False):
+            parts.append(get_encoder())
+    return [part for part in parts if part is not model]
 
 
 def _record(model: nn.Module) -> _Attached:

@@ -436,15 +436,15 @@ def test_check_reports_and_restores():
     rp.attach(model, lora(["layers.0.self_attn.q_proj"]))
     model.train()
     model.model.language_model.layers[1].eval()
-    before = snapshot(model)
+    before, text = snapshot(model), {"input_ids": torch.randint(3, 50, (2, 5))}
     with rp.condition(model, torch.randn(2, 3, DC)):
-        report = rp.check(model, **batch_of(model))
+        report = rp.check(model, **text)
     assert report.ran == ["model.language_model.layers.0.self_attn.q_proj"]
     assert report.never_ran == ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]
     assert str(report) == f"1 of 2 routed layers ran; never ran: {report.never_ran[0]}"
     assert snapshot(model) == before
     with pytest.raises(rp.MissingConditionError):
-        rp.check(model, **batch_of(model))
+        rp.check(model, **text)
     assert snapshot(model) == before
 
 

@@ -1,0 +1,345 @@
+"""Taps: hooks that find a model's condition inside its own call, and deliver it to the routed layers.
+
+A tap fills the slot for as long as the part that it feeds runs, and nothing stays in the slot afterwards. The steps of
+a generation bring no image along; for them the key/value cache remembers what its prompt was given
+(``delivery.Memory``). So a condition never outlives the tokens it belongs to: with another cache, an emptied one or
+none there is no condition, and the layers raise. What the user gives by ``condition()`` or by keyword comes before a
+tap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .delivery import Delivered, Slot, States, bind_checkpoints, is_empty, memory_of
+from .errors import ConditionShapeError, RoutedPeftError, UnsupportedError
+from .state import ConditionState
+
+AUTO = "auto"
+# By config.model_type: which tap, and the parts of the path that end in the module it hooks.
+_PRESETS = {
+    "llava": ("entry", "language_model"),
+    "qwen2_vl": ("entry", "language_model"),
+    "paligemma": ("entry", "language_model"),
+    "blip-2": ("projection", "language_projection"),
+    "bart": ("decoder", "decoder"),
+    "t5": ("decoder", "decoder"),
+    "vision-text-dual-encoder": ("output", "vision_model"),
+    "clip": ("output", "vision_model"),
+}
+_IMAGES = ("image_embeds", "mm_encoder_outputs")  # beside pixel_values and its variants
+
+
+def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None:
+    """The tap that ``tap`` names for ``model``, not yet installed; None for None.
+
+    Args:
+        model: the model to be attached.
+        tap: "auto" looks the model type up; anything else is the path of the module whose output is the condition.
+        in_sequence: the layers take their condition from their own input, so that only a mask can be tapped.
+
+    Raises:
+        UnsupportedError: "auto" does not know the model type, or the tap cannot serve in-sequence layers.
+        RoutedPeftError: there is no such module.
+    """
+    if tap is None:
+        return None
+    kind, path = "output", tap
+    if tap == AUTO:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in _PRESETS:
+            raise UnsupportedError(
+                f"tap='auto' knows no tap for model type {model_type!r} (it knows {', '.join(_PRESETS)}); give the "
+                "path of the module whose output is the condition, or pass routed_condition with each call"
+            )
+        kind, end = _PRESETS[model_type]
+        found = [f"{prefix}{end}" for prefix in ("", "model.") if _has(model, f"{prefix}{end}")]
+        if not found:
+            raise RoutedPeftError(f"tap='auto': {type(model).__name__} has no module '{end}' or 'model.{end}'")
+        path = found[0]
+        if kind == "projection" and not model.config.use_decoder_only_language_model:  # type: ignore[union-attr]
+            raise UnsupportedError(
+                "tap='auto' serves BLIP-2 with a decoder-only language model; pass routed_condition with each call"
+            )
+    elif not _has(model, path):
+        raise RoutedPeftError(f"tap={tap!r}: {type(model).__name__} has no module of that path")
+    if in_sequence and kind != "entry":
+        raise UnsupportedError(
+            f"condition_source='in_sequence' needs the positions of the condition in the layers' input, which the tap "
+            f"at '{path}' does not know"
+        )
+    kinds = {"entry": EntryTap, "projection": ProjectionTap, "decoder": DecoderTap, "output": OutputTap}
+    return kinds[kind](model, path, in_sequence)
+
+
+class Tap:
+    """What the taps share. ``install`` hooks the model for one slot, ``remove`` undoes it."""
+
+    def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
+        self.model, self.path, self.in_sequence = model, path, in_sequence
+        self.handles: list[Any] = []
+        self.slot = Slot()
+
+    @property
+    def description(self) -> str:
+        """For the report of attach: kind and place."""
+        raise NotImplementedError
+
+    def reaches(self, name: str) -> bool:
+        """Whether the layer at this path runs while the tapped condition is there."""
+        return name.startswith(self.path + ".")
+
+    def install(self, slot: Slot) -> None:
+        """Hook the model; the condition goes to ``slot``."""
+        self.slot = slot
+
+    def remove(self) -> None:
+        """Undo ``install``."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _around(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+        """Hooks around a module's call; ``after`` runs after an exception too."""
+        self.handles += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
+
+    def _begin(self, module: nn.Module) -> bool:
+        """Enter the part of the call that the condition is for; whether the tap is to fill the slot."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.slot.in_call():
+            bind_checkpoints(module, [self.slot])  # the model around it, which does that, was not called
+        self.slot.enter(self.slot.held())
+        return not self.slot.held().explicit
+
+    def _delivered(self, y: Tensor | ConditionState | None, mask: Tensor | None, states: States | None) -> Delivered:
+        value = self.slot.value()
+        return Delivered(y, mask, None, None if value is None else value.input_mask, states)
+
+
+class LanguageModelTap(Tap):
+    """At a language model that generates: what its prompt was given stays with the key/value cache."""
+
+    def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
+        """The condition and the mask that this call brings, or None."""
+        raise NotImplementedError
+
+    def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Deliver the image of this call, else that of the call which filled the cache."""
+        fills = self._begin(module)  # first: ``after`` leaves what this enters, whatever is raised here
+        found = self.find(kwargs)
+        self.slot.arrival = None
+        if not fills:
+            return
+        cache = kwargs.get("past_key_values")
+        memory = memory_of(cache, self.slot)
+        if found is not None:
+            if not is_empty(cache):
+                raise UnsupportedError(
+                    f"the tap at '{self.path}' was given images when the cache already held tokens, which were routed "
+                    "without them (a prefill in chunks, or a later turn); pass routed_condition with every call"
+                )
+            self.slot.fill(self._delivered(*found, None if torch.is_grad_enabled() else States(owned=True)))
+        elif memory is not None and memory.tapped is not None and not is_empty(cache):
+            y, mask, _, _, states = memory.tapped
+            # In sequence the marked rows were in the earlier call, and the layers kept their states.
+            self.slot.fill(self._delivered(y, None if y is None else mask, states))
+        if memory is not None:
+            held = self.slot.held()
+            memory.tapped = held.value if held.tapped else None
+
+    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Let a cache that the call made remember its condition, too."""
+        held = self.slot.held()
+        memory = memory_of(getattr(out, "past_key_values", None), self.slot)
+        if memory is not None and held.tapped:
+            memory.tapped = held.value
+        self.slot.leave()
+
+
+class EntryTap(LanguageModelTap):
+    """At the entry of the language model, where image features stand among the embeddings.
+
+    The condition is the embeddings at the image tokens, as all embeddings [B, N, d] and a mask [B, N]: nothing has to
+    wait for the device, and samples may have different numbers of images. In-sequence layers get the mask alone.
+    """
+
+    def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
+        super().__init__(model, path, in_sequence)
+        config: Any = model.config
+        self.tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        self.names = list(inspect.signature(self._parent().forward).parameters)
+
+    @property
+    def description(self) -> str:
+        """Kind and place."""
+        return f"image tokens at the entry of '{self.path}'"
+
+    def install(self, slot: Slot) -> None:
+        """Hook the language model, and the model around it, which knows the tokens."""
+        super().install(slot)
+        self._around(self._parent(), self.arrive, self.depart)
+        self._around(self.model.get_submodule(self.path), self.before, self.after)
+
+    def _parent(self) -> nn.Module:
+        return self.model.get_submodule(self.path.rpartition(".")[0])
+
+    def arrive(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Note where the image tokens of this call are; nothing if it brings no image."""
+        self.slot.arrival = None
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.slot.held().explicit or not any(_is_image(name, value) for name, value in call.items()):
+            return
+        ids = call.get("input_ids")
+        if ids is None:
+            raise UnsupportedError(
+                f"the tap at '{self.path}' finds the image tokens in input_ids, which this call does not give; "
+                "pass routed_condition"
+            )
+        masks = [ids == token for token in self.tokens if token is not None]
+        self.slot.arrival = masks[0] if len(masks) == 1 else masks[0] | masks[1]
+
+    def depart(self, module: nn.Module, args: Any, out: Any) -> None:
+        """The call is over."""
+        self.slot.arrival = None
+
+    def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
+        """All embeddings, with the mask of the image tokens."""
+        if self.slot.arrival is None:
+            return None
+        return (None if self.in_sequence else kwargs["inputs_embeds"]), self.slot.arrival
+
+
+class ProjectionTap(LanguageModelTap):
+    """BLIP-2: the output of the projection [B, M, d], for the language model's call that follows.
+
+    With beams the language model has k rows for each projected one, which the layers take as such.
+    """
+
+    entry = "language_model"
+
+    @property
+    def description(self) -> str:
+        """Kind and place."""
+        return f"output of '{self.path}'"
+
+    def reaches(self, name: str) -> bool:
+        """The language model's layers alone."""
+        return name.startswith(self.entry + ".")
+
+    def install(self, slot: Slot) -> None:
+        """Hook the projection and the language model."""
+        super().install(slot)
+        language_model = self.model.get_submodule(self.entry)
+        self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.project))
+        self._around(language_model, self.before, self.after)
+
+    def project(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        """Keep the projection for the language model's next call, if it is made in a call or a generate."""
+        if self.slot.in_call() or self.slot.in_generation():
+            self.slot.arrival = out
+
+    def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
+        """What was projected since the model's call, or its generate, began."""
+        return None if self.slot.arrival is None else (self.slot.arrival, None)
+
+
+class DecoderTap(Tap):
+    """At the decoder of an encoder-decoder: the encoder's states [B, M, d] and attention mask [B, M]."""
+
+    @property
+    def description(self) -> str:
+        """Kind and place."""
+        return f"encoder states at '{self.path}'"
+
+    def install(self, slot: Slot) -> None:
+        """Hook the decoder."""
+        super().install(slot)
+        self._around(self.model.get_submodule(self.path), self.before, self.after)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Deliver what the decoder is called with."""
+        y, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if not self._begin(module) or y is None:
+            return
+        if mask is not None and mask.dim() != 2:
+            raise ConditionShapeError(
+                f"the tap at '{self.path}' needs an encoder attention mask [batch, tokens], got {tuple(mask.shape)}"
+            )
+        cache = kwargs.get("past_key_values")
+        memory = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else memory_of(cache, self.slot)
+        if memory is None:
+            self.slot.fill(self._delivered(y, _as_bool(mask), None))
+            return
+        # Owned: if somebody wrote the states between two steps, the cross-attention would not see it either.
+        states, met = memory.states_for(y, mask, fresh=is_empty(cache), owned=True)
+        if not met or memory.tapped is None:
+            memory.tapped = self._delivered(y, _as_bool(mask), states)  # one mask for all steps: it is part of the key
+        self.slot.fill(self._delivered(memory.tapped.condition, memory.tapped.mask, states))
+
+    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+        """The decoder is done."""
+        self.slot.leave()
+
+
+class OutputTap(Tap):
+    """The output of a module, [B, M, d] or [B, d], for what runs after it in the same call of the model."""
+
+    @property
+    def description(self) -> str:
+        """Kind and place."""
+        return f"output of '{self.path}'"
+
+    def reaches(self, name: str) -> bool:
+        """Everything but what makes the condition."""
+        return name != self.path and not name.startswith(self.path + ".")
+
+    def install(self, slot: Slot) -> None:
+        """Hook the module."""
+        super().install(slot)
+        self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.tap))
+
+    def tap(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Deliver the output; outside of a call of the model there is nobody to deliver it to."""
+        held = self.slot.held()
+        if held.explicit or not self.slot.in_call():
+            return
+        if held.tapped:
+            raise UnsupportedError(
+                f"the module of the tap, '{self.path}', ran twice in one call, and which output is the condition is "
+                "unknown; pass routed_condition"
+            )
+        y = getattr(out, "last_hidden_state", out[0] if isinstance(out, tuple) else out)
+        if not isinstance(y, Tensor) or y.dim() not in (2, 3):
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(out).__name__
+            raise ConditionShapeError(
+                f"the output of '{self.path}' must be [batch, tokens, features] or [batch, features] to be a "
+                f"condition, got {shape}"
+            )
+        # An index names each row, so that k texts for each image raise: they are no beams, and need not lie in order.
+        rows = torch.arange(y.shape[0], device=y.device)
+        self.slot.fill(self._delivered(y, None, None)._replace(index=rows))
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_image(name: str, value: Any) -> bool:
+    """Whether a model's argument brings images (or video); generate passes an empty mapping where there are none."""
+    if not (name.startswith("pixel_values") or name in _IMAGES):
+        return False
+    return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask != 0  # users give floats, too
