@@ -49,7 +49,7 @@ int64_t rank_one_scratch(const Problem& p);  // bytes
 cudaError_t rank_one(const Problem& p, const float* v, const Matrix& out, float* c, void* scratch, cudaStream_t stream);
 
 // ---- down_route.cu: x -> T -> Z
-// What becomes of T.
+// What becomes of T. Pointers begin at the first column that this launch has of the bottleneck.
 struct RouteParams {
   int64_t rows = 0;  // of x
   int width = 0, group_width = 0;
@@ -127,7 +127,6 @@ struct Segment {
   int64_t start, length;  // columns of the output
   int64_t b_row;          // first row of b; -1: no slice covers these columns
   int z_column;           // of the slice in Z
-  int first;              // its first column in the bottleneck
 };
 constexpr int kMaxSegments = 2 * kMaxSlices + 1;
 

@@ -205,15 +205,14 @@ void set_segments(const Problem& p, const Chunk& chunk, UpProjectParams& u) {
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.slices[a].start < p.slices[b].start; });
   int64_t covered = 0;
   const auto gap = [&](int64_t end) {
-    if (end > covered && chunk.first == 0) u.segments[u.segment_count++] = {covered, end - covered, -1, 0, 0};
+    if (end > covered && chunk.first == 0) u.segments[u.segment_count++] = {covered, end - covered, -1, 0};
   };
   for (const int64_t i : order) {
     const Slice& slice = p.slices[i];
     gap(slice.start);
     covered = slice.start + slice.length;
     if (!mixed && (i < chunk.first_group || i >= chunk.first_group + chunk.groups)) continue;
-    u.segments[u.segment_count++] = {slice.start, slice.length, slice.row, static_cast<int>(i) * u.padded_rank,
-                                     static_cast<int>(i * p.rank() - chunk.first)};
+    u.segments[u.segment_count++] = {slice.start, slice.length, slice.row, static_cast<int>(i) * u.padded_rank};
   }
   gap(p.out_features);
 }
