@@ -184,7 +184,8 @@ void kernels() {
       }
     }
   }
-  CHECK(plan::down_stages(128, 132, true, 227 << 10, 18432) == 8 && plan::down_stages(256, 132, true, 227 << 10, 18432) == 6 &&
+  CHECK(plan::down_stages(128, 132, true, 227 << 10, 18432) == 8 &&
+            plan::down_stages(256, 132, true, 227 << 10, 18432) == 6 &&
             plan::down_stages(256, 132, false, 227 << 10, 27648) == 8,
         "of H200");
 }
