@@ -7,7 +7,7 @@ Without ``--model`` nothing is fetched: the model is a tiny LLaVA with random we
 ``--out``/base and loaded from there, exactly as a model from the hub is. Its weights stay frozen, so that everything it
 learns is in the routed layers; it shows that the parts work together, not how well a trained model does.
 
-    python examples/llava_finetune.py                                        # offline; about two minutes on two cores
+    python examples/llava_finetune.py                                        # offline; a minute or two on two cores
     python examples/llava_finetune.py --model llava-hf/llava-1.5-7b-hf --lr 2e-4 --batch 8 --steps 100    # on a GPU
 """
 
