@@ -110,10 +110,13 @@ class Slot:
         """Hold ``value``; afterwards, also after an exception, what was held before."""
         local = self._local
         before = self.held(), getattr(local, "base", _NOTHING)
-        local.held = local.base = Held(value, running_backward(), explicit=value is not None)
+        mine = local.held = local.base = Held(value, running_backward(), explicit=value is not None)
         try:
             yield
         finally:
+            if local.base is not mine:  # a generator or task that was left between another one's beginning and end
+                local.held = local.base = _NOTHING
+                raise RoutedPeftError("conditions were left in another order than they were entered")
             local.held, local.base = before
 
     def base(self) -> Held:
@@ -231,6 +234,9 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 # ------------------------------------------------------------------------------------------------ generation
+_TWICE = object()
+
+
 class States:
     """What the layers have encoded of one condition, so that the steps of a generation do not encode it again.
 
@@ -246,10 +252,26 @@ class States:
         state, kept_under = self._kept.get(layer, (None, None))
         return state if kept_under == key else None
 
+    def keep_once(self, layer: RoutedLayer, key: Any, state: ConditionState) -> ConditionState:
+        """``keep``, for a state that is made of the layer's own input; of two runs in a call, none can be kept."""
+        if layer in self._kept:
+            self._kept[layer] = state, _TWICE
+            return state
+        return self.keep(layer, key, state)
+
+    def ran_twice(self, layer: RoutedLayer) -> bool:
+        """Whether ``layer`` made more than one state in the prompt's call."""
+        return self._kept.get(layer, (None, None))[1] is _TWICE
+
     def keep(self, layer: RoutedLayer, key: Any, state: ConditionState) -> ConditionState:
         """Keep ``state`` for ``layer`` in place of an earlier one."""
         self._kept[layer] = state, key
         return state
+
+
+def _is_source(source: weakref.ref[Any] | None, tensor: Any) -> bool:
+    """Whether the reference is to this tensor; one to a tensor that is gone is to none, not even to None."""
+    return tensor is None if source is None else tensor is not None and source() is tensor
 
 
 class Memory:
@@ -271,8 +293,7 @@ class Memory:
         Only the very same tensors count as the same condition. ``fresh``: nothing that was before counts, for instance
         because the cache is empty.
         """
-        known = [None if source is None else source() for source in self._sources]
-        met = not fresh and len(known) == len(tensors) and all(a is b for a, b in zip(known, tensors, strict=True))
+        met = not fresh and len(self._sources) == len(tensors) and all(map(_is_source, self._sources, tensors))
         if not met:
             self._sources = tuple(None if t is None else weakref.ref(t) for t in tensors)
             self._states = States(owned)
@@ -410,7 +431,10 @@ class Advertised:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's method would have returned."""
-        return self._method()(*args, **kwargs)
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        # not by the bound method, which a compiler that goes on after a graph break looks up on the module again
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     def remove(self) -> None:
         """Put back what was there, unless somebody else has replaced this by now."""
@@ -448,11 +472,36 @@ class Generate(Advertised):
         y, mask, index, _ = (kwargs.get(name) for name in KEYWORDS)
         if index is not None and isinstance(y, Tensor):
             # generate repeats every tensor for its beams; an index into repeated rows would point to wrong ones.
-            rows = index.to(torch.int64)
+            prompt = kwargs.get("input_ids", args[0] if args else None)
+            rows = _checked_index(type(self.module).__name__, index, y, prompt).to(torch.int64)
             kwargs.update(routed_condition=y[rows], routed_condition_mask=None if mask is None else mask[rows])
             del kwargs["routed_condition_index"]
         with self.slot.generation():
             return super().__call__(*args, **kwargs)
+
+
+def _checked_index(name: str, index: Any, y: Tensor, prompt: Any) -> Tensor:
+    """``index`` as the layers would take it, had they seen it with the prompt."""
+    if (
+        not isinstance(index, Tensor)
+        or index.dim() != 1
+        or index.is_floating_point()
+        or index.is_complex()
+        or index.dtype == torch.bool
+    ):
+        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise ConditionShapeError(f"{name}: routed_condition_index must be integers [batch], got {got}")
+    if isinstance(prompt, Tensor) and prompt.shape[0] != index.shape[0]:
+        raise ConditionShapeError(
+            f"{name}: input batch {prompt.shape[0]} does not match routed_condition_index {tuple(index.shape)}"
+        )
+    if index.device.type == "cpu" and index.numel():
+        low, high = (int(t) for t in index.aminmax())
+        if low < 0 or high >= y.shape[0]:
+            raise ConditionShapeError(
+                f"{name}: routed_condition_index {low if low < 0 else high} is out of range for {y.shape[0]} conditions"
+            )
+    return index
 
 
 # ------------------------------------------------------------------------------------------------ checkpointing

@@ -89,10 +89,15 @@ class RoutedLayer(nn.Module):
         if self.condition_source == "in_sequence":
             state = None
             if given.mask is None:
+                if given.states.ran_twice(self):
+                    raise UnsupportedError(
+                        f"{self.label}: it ran more than once in the prompt's call, so a later step cannot tell which "
+                        "of its in-sequence conditions to use; generate without a cache"
+                    )
                 state = given.states.find(self, dtype)
             elif x.shape[:-1].numel() == given.mask.numel() and (x.dim() == 2 or len(x) == len(given.mask)):
                 rows = x.reshape(*given.mask.shape, x.shape[-1])
-                state = given.states.keep(self, dtype, self._encode(rows, given.mask))
+                state = given.states.keep_once(self, dtype, self._encode(rows, given.mask))
             return given if state is None else given._replace(condition=state, mask=None)
         y, mask = given.condition, given.mask
         if self.training or not isinstance(y, Tensor):  # in training mode dropout is drawn at each step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -132,8 +133,8 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
         UnsupportedError: a module named in a ``target_modules`` list cannot be adapted, or there is no such tap for
             this model; the text says why.
     """
-    if tap is not None:
-        config = replace(config, tap=tap)
+    # A copy: what is saved is what was attached, whatever the caller makes of the object afterwards.
+    config = copy.deepcopy(config if tap is None else replace(config, tap=tap))
     held = next((name for name, module in model.named_modules() if isinstance(module, RoutedLayer)), None)
     if held is not None:
         raise RoutedPeftError(f"{type(model).__name__} already holds a routed layer, '{held}'; detach the model first")

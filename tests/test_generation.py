@@ -488,3 +488,16 @@ def test_adapters_generate_too(counted):
     got = generate(model, batch)
     assert counted == [2, 0]
     assert_same(got, uncached(model, batch))
+
+
+def test_a_layer_that_runs_twice_in_the_prompt_has_no_one_in_sequence_state():
+    model = llava()
+    model.model.language_model.layers[1].mlp = model.model.language_model.layers[0].mlp
+    config = rp.RoutedLoRAConfig(target_modules=["up_proj"], r=4, condition_source="in_sequence")
+    rp.attach(model, config, tap="auto")
+    model.eval()
+    inputs = prompt(wake(model))
+    with torch.no_grad():
+        model(**inputs)  # as a whole there is nothing to tell apart
+        with pytest.raises(rp.UnsupportedError, match="more than once in the prompt"):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)

@@ -278,3 +278,53 @@ def test_the_keyword_compiles_without_a_break():
         for tokens in (3, 4):
             y = torch.randn(2, tokens, DC)
             torch.testing.assert_close(output_of(compiled(**batch, routed_condition=y)), under(model, batch, y))
+
+
+def test_a_graph_break_in_a_compiled_model_ends():
+    model = attached()
+    batch, y = batch_of(model), torch.randn(2, 4, DC)
+    want = output_of(model(**batch, routed_condition=y))
+    inner, plain = model.encoder, type(model.encoder).forward
+
+    def broken(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return plain(self, *args, **kwargs)
+
+    inner.forward = types.MethodType(broken, inner)
+    model.compile(backend="eager")
+    torch.testing.assert_close(output_of(model(**batch, routed_condition=y)), want)
+
+
+def test_conditions_left_out_of_order_are_an_error_and_leave_nothing():
+    model = attached()
+    batch, (first, second) = batch_of(model), torch.randn(2, 2, 4, DC)
+
+    def holding():
+        with rp.condition(model, first):
+            yield
+
+    steps = holding()
+    next(steps)
+    with pytest.raises(rp.RoutedPeftError, match="another order"):
+        with rp.condition(model, second):
+            steps.close()
+    with pytest.raises(rp.MissingConditionError):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    "index, text",
+    [
+        (torch.tensor([-1, 0]), "routed_condition_index -1 is out of range for 2 conditions"),
+        (torch.tensor([0, 2]), "routed_condition_index 2 is out of range for 2 conditions"),
+        (torch.tensor([1.9, 0.0]), r"must be integers \[batch\], got torch.float32"),
+        (torch.tensor([True, False]), r"must be integers \[batch\], got torch.bool"),
+        (torch.tensor([[0, 1]]), r"must be integers \[batch\], got torch.int64 \(1, 2\)"),
+        (torch.tensor([0]), r"input batch 2 does not match routed_condition_index \(1,\)"),
+    ],
+)
+def test_generate_asks_of_an_index_what_a_call_does(index, text):
+    model = attached(gpt2, ("c_attn",))
+    ids = torch.randint(3, 20, (2, 4))
+    with pytest.raises(rp.ConditionShapeError, match=text):
+        model.generate(input_ids=ids, routed_condition=torch.randn(2, 4, DC), routed_condition_index=index)

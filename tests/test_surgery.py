@@ -670,3 +670,15 @@ def test_generation_keeps_the_condition():
         cached = model.generate(ids, **options)
         plain = model.generate(ids, use_cache=False, **options)
     assert torch.equal(cached, plain) and cached.shape == (2, 9)
+
+
+def test_a_config_changed_after_attach_changes_nothing_that_is_saved(tmp_path):
+    model, config = bert(), rp.RoutedLoRAConfig(target_modules=["query"], r=2, routing="gram", condition_features=12)
+    rp.attach(model, config)
+    config.routing, config.lora_alpha = "mul", 1
+    rp.save_adapter(model, tmp_path)
+    other = bert()
+    rp.load_adapter(other, tmp_path)
+    layers = [next(m for m in each.modules() if isinstance(m, rp.RoutedLoRA)) for each in (model, other)]
+    assert layers[0].routing == layers[1].routing == "gram"
+    assert layers[0].scaling == layers[1].scaling
