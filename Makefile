@@ -59,13 +59,14 @@ test: $(READY)  ## the Python tests
 	$(PYTHON) -m pytest -q tests $(ARGS)
 
 bench: $(READY)  ## the benchmarks, on a GPU
-	$(PYTHON) benchmarks/bench_forward.py $(ARGS)
+	$(PYTHON) benchmarks/bench_layer.py $(ARGS)
 
 lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(BIN)clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
 	$(PYTHON) -m mypy
+	$(PYTHON) tools/mutate.py --check
 
 kernels:  ## C++ core, kernels and their tests, without torch; SANITIZE=ON for ASan and UBSan, CUDA=OFF without nvcc
 	cmake -S . -B build/cmake -DRP_SANITIZE=$(SANITIZE) -DRP_CUDA=$(CUDA)

@@ -417,10 +417,11 @@ def apply(
         samples, ROUTES[routing].code, SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
         out_features, options.scaling, options.dropout, options.condition_dropout, ACTIVATIONS[activation], residual,
     )  # fmt: skip
-    if not _differentiated(*tensors[:9], base):
+    # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
+    if not _differentiated(*tensors[:9], base) or torch.compiler.is_exporting():
         return ops.BACKENDS[where].ops.forward(*tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
     save = 0
-    if not ops.BACKENDS[where].kernels and _differentiated(*tensors[:9]):
+    if _differentiated(*tensors[:9]):
         encodes = source in ("tokens", "in_sequence")
         projection = (A, b_down) if C is None else (C, b_C)
         through = (x if source == "in_sequence" else condition, *projection)
@@ -471,8 +472,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(where: str, *args: Any) -> Any:
-        backend = ops.BACKENDS[where]
-        return backend.ops.encode(*args, not backend.kernels)
+        return ops.BACKENDS[where].ops.encode(*args, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import recompute
 from .errors import UnsupportedError
 from .routes import ACTIVATIONS, ROUTES, SOURCES, state_kind
 
@@ -63,7 +62,7 @@ class Backend:
     Attributes:
         device: the type of device its tensors lie on.
         ops: where its ops are.
-        kernels: these are the CUDA kernels, with their limits; their backward is ``recompute``'s.
+        kernels: these are the CUDA kernels, with their limits.
     """
 
     device: str
@@ -88,7 +87,7 @@ def build_info() -> dict[str, Any]:
         info["cuda_widths"] = (1, KERNEL_WIDTH)
         info["cuda_slices"] = (1, KERNEL_SLICES)
         info["cuda_dtypes"] = tuple(map(_short, KERNEL_DTYPES))
-        info["cuda_by_torch"] = {"base layer": "the vendor's product", "backward": "the definition, recomputed"}
+        info["cuda_by_torch"] = {"base layer": "the vendor's products"}
     return info
 
 
@@ -189,6 +188,12 @@ def state_shape(
     return kind, [*y.shape[:-1], width]
 
 
+def _through_state(samples: int, conditions: int, rows: int, tokens: int, group_width: int) -> bool:
+    """Whether gram routes go through S = VᵀV, by ``plan::gram_order`` (csrc/kernels/plan.h), or through V."""
+    through_s = conditions * group_width * (tokens + rows + 32 * conditions)
+    return bool(through_s <= 2 * tokens * (rows + 8 * samples))
+
+
 def _forward_fake(
     x: Tensor,
     A: Tensor,
@@ -236,12 +241,15 @@ def _forward_fake(
             y, cu = x.new_empty([samples, rows // samples, x.shape[-1]]) if cu_seqlens is None else x, cu_seqlens
         assert y is not None
         kind, shape = state_shape(y, width, cu, routing, pool, groups)
-        if kind != "matrix" or save == 1:
-            state = y.new_empty(shape, dtype=_accumulate(x.dtype))
+        through_v = False
         if save == 2 and kind == "vector":
             kept = y.new_empty([shape[0], y.shape[-1]], dtype=_accumulate(x.dtype))
         elif save == 2 and kind == "matrix" and source == SOURCES["tokens"]:
-            kept = y.new_empty([y.numel() // y.shape[-1], width])
+            tokens, batch = y.numel() // y.shape[-1], samples if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            kept = y.new_empty([tokens, width])
+            through_v = not _through_state(batch, shape[0], rows, tokens, width // groups)
+        if not through_v:
+            state = y.new_empty(shape, dtype=_accumulate(x.dtype))
     if kind == "vector" and _CODE_OF[routing] in RANK_ONE and activation == ACTIVATIONS["none"] and b_down is None:
         return out, x.new_empty([rows, groups], dtype=_accumulate(x.dtype)), state, kept
     return out, x.new_empty([rows, width]), state, kept
@@ -312,9 +320,8 @@ def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
     )
 
 
-def register(namespace: str, recomputed_on: str | None = None) -> None:
-    """Give the ops of ``namespace`` their shapes and the formula that raises; and on the device type
-    ``recomputed_on`` their backward ops, where those are not kernels."""
+def register(namespace: str) -> None:
+    """Give the ops of ``namespace`` their shapes and the formula that raises."""
     for name, fake in (
         ("forward", _forward_fake),
         ("backward", _backward_fake),
@@ -323,10 +330,7 @@ def register(namespace: str, recomputed_on: str | None = None) -> None:
     ):
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         torch.library.register_autograd(f"{namespace}::{name}", refuse_gradient)
-    if recomputed_on is not None:
-        torch.library.impl(f"{namespace}::backward", recomputed_on, recompute.backward)
-        torch.library.impl(f"{namespace}::encode_backward", recomputed_on, recompute.encode_backward)
 
 
 if extension is not None:
-    register("routed_peft", "cuda" if _built["cuda"] else None)
+    register("routed_peft")

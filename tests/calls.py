@@ -8,8 +8,8 @@ from routed_peft.routes import ACTIVATIONS, POOLS, ROUTES, SOURCES
 
 
 def forward_arguments(
-    routing="gram", source="tokens", pool="none", *, m=M, dropout=0.0, slices=(), groups=1, bias_down=False,
-    activation="none", flat=False, dtype=torch.float32, residual=False,
+    routing="gram", source="tokens", pool="none", *, n=N, m=M, dropout=0.0, slices=(), groups=1, bias_down=False,
+    activation="none", flat=False, dtype=torch.float32, residual=False, samples=B,
 ):  # fmt: skip
     """What ``forward`` and ``backward`` share: no gradients wanted, which is how opcheck takes the ops."""
     width, out = R * max(len(slices) // 2, 1), D if residual else OUT
@@ -19,15 +19,18 @@ def forward_arguments(
         return torch.randn(*shape, dtype=dtype) if wanted else None
 
     projected = source == "tokens"
-    x, y = given(B * N, D) if flat else given(B, N, D), given(B * m, DC) if flat else given(B, m, DC)
+    x, y = (
+        given(samples * n, D) if flat else given(samples, n, D),
+        given(samples * m, DC) if flat else given(samples, m, DC),
+    )
     C, b_C = given(width, DC, wanted=projected), given(width, wanted=projected and bias_down)
     numbers = (ROUTES[routing].code, POOLS[pool], 1, groups)
     condition = y if projected else None
     if source == "state":
         condition = torch.ops.routed_peft.encode(y, given(width, DC), None, None, *numbers, False)[0]
-    mask = torch.tensor([[True, False, True, True, False]] * B) if source == "in_sequence" else None
-    offsets = torch.tensor([0, 1, B * N]) if flat else None
-    condition_offsets = torch.tensor([0, 2, B * m]) if flat and projected else None
+    mask = torch.tensor([[True, False, True, True, False]] * samples) if source == "in_sequence" else None
+    offsets = torch.tensor([0, 1, samples * n]) if flat else None
+    condition_offsets = torch.tensor([0, 2, samples * m]) if flat and projected else None
     seed = torch.tensor([7]) if dropout else None
     tensors = (
         x, given(width, D), given(rows, R), condition, C, given(out, D), given(out),
@@ -35,11 +38,12 @@ def forward_arguments(
         offsets, condition_offsets, seed,
     )  # fmt: skip
     return *tensors, *(
-        B, numbers[0], SOURCES[source], *numbers[1:], list(slices), out, 0.5, dropout, dropout if projected else 0.0,
-        ACTIVATIONS[activation], residual,
+        samples, numbers[0], SOURCES[source], *numbers[1:], list(slices), out, 0.5, dropout,
+        dropout if projected else 0.0, ACTIVATIONS[activation], residual,
     )  # fmt: skip
 
 
+# The gram routes go through V where a condition is short beside R, and else through S ("long").
 CASES = {
     "none": {"routing": "none", "source": "none"},
     "matrix": {},
@@ -48,6 +52,9 @@ CASES = {
     "matrix, bfloat16": {"dtype": torch.bfloat16},
     "matrix, float64": {"dtype": torch.float64},
     "gram_relu": {"routing": "gram_relu"},
+    "matrix, long": {"n": 40, "m": 30, "dropout": 0.3},
+    "matrix, long and flat": {"n": 40, "m": 30, "flat": True, "dtype": torch.float16},
+    "gram_relu, long": {"routing": "gram_relu", "n": 40, "m": 30, "dtype": torch.bfloat16},
     "rank one, pooled": {"pool": "mean"},
     "rank one, single token": {"m": 1, "dropout": 0.3},
     "rank one, expand": {"routing": "expand", "pool": "first", "dtype": torch.bfloat16},
@@ -61,6 +68,7 @@ CASES = {
     "tokens, state": {"routing": "mul", "source": "state", "m": N},
     "matrix, state": {"source": "state"},
     "matrix, slices": {"slices": (0, 8, 16, 24), "groups": 2},
+    "matrix, slices, long": {"slices": (0, 8, 16, 24), "groups": 2, "n": 30, "m": 40},
     "matrix, slices mixed": {"slices": (0, 8, 16, 24), "groups": 1, "dropout": 0.3},
     "matrix, slices, state": {"source": "state", "slices": (0, 8, 16, 24), "groups": 2},
     "in sequence": {"source": "in_sequence", "dropout": 0.3},
@@ -76,6 +84,13 @@ def forward_call(save, base=False, **case):
     x, out_features = arguments[0], arguments[TENSORS + 7]
     given = torch.randn(*x.shape[:-1], out_features, dtype=x.dtype) if base else None
     return *arguments[:TENSORS], given, *arguments[TENSORS:], save
+
+
+def backward_call(ops, needs, save=2, **case):
+    """All arguments of ``backward``, with what the forward of ``ops`` saves."""
+    call = forward_call(save, **case)
+    out, t, state, kept = ops.forward(*call)
+    return needs, torch.randn_like(out), t, state, kept, *call[:TENSORS], *call[TENSORS + 1 : -1]
 
 
 def assert_fake_is_real(op, arguments):

@@ -14,7 +14,11 @@ from routed_peft import ops
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "emulated"
-KERNELS = ("pack", "condition", "rank_one", "down_route", "route", "gram", "up_project", "routed")  # as in setup.py
+KERNELS = (  # as in setup.py
+    "pack", "condition", "rank_one", "down_route", "route", "gram", "up_project", "routed",
+    "grad_output", "route_grad", "grad_state", "gram_grad", "pooled_grad", "grad_input", "reduce", "rank_one_grad",
+    "routed_grad",
+)  # fmt: skip
 SOURCES = ("csrc/emulator/ops_emulated.cpp", "csrc/torch/call.cpp")
 FLAGS = (
     "-O2", "-g0", "-std=c++20", "-fvisibility=hidden", "-fno-strict-aliasing",  # as nvcc
@@ -39,7 +43,7 @@ def _library():
     library = ctypes.CDLL(str(BUILD / "routed_peft_emulated.so"))
     library.routed_peft_emulated_launches.restype = ctypes.c_char_p
     library.routed_peft_emulated_options.restype = ctypes.c_bool
-    ops.register("routed_peft_emulated", "cpu")
+    ops.register("routed_peft_emulated")
     ops.BACKENDS["emulated"] = ops.Backend("cpu", torch.ops.routed_peft_emulated, True)
     return library
 

@@ -2,11 +2,12 @@
 
 import copy
 import itertools
+import math
 from collections import Counter
 
 import pytest
 import torch
-from layers import DC, NAMES, B, M, N, R, adapter, assert_same, inputs, linear_leaves, lora, results
+from layers import DC, NAMES, OUT, B, D, M, N, R, adapter, assert_same, inputs, linear_leaves, lora, results
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,32 +96,59 @@ def test_only_wanted_gradients_are_computed(routing, dropout, subsets):
             assert seen.sizes == [v.numel() * want for v, want in zip(values, wanted, strict=True)] + [0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "routing, frozen, kept",
-    [  # what is saved apart from the arguments: T, the state or what re-encoding needs, the seed
-        ("gram", False, [(B * N, R), (0,), (B * M, R)]),
-        ("gram", True, [(B * N, R), (B, R, R), (0,)]),
-        ("mul", False, [(B * N, R), (B, R), (B, DC)]),
-        ("mul", True, [(B * N, R), (B, R), (0,)]),
-        ("expand", False, [(B * N, 1), (B, R), (B, DC)]),
-        ("none", False, [(B * N, R), (0,), (0,)]),
+    "routing, frozen, m, saved_in_dtype, saved_in_float32",
+    [  # what is saved apart from the arguments and the seed: T, the state, and what the gradient of the condition needs
+        ("gram", False, M, [(B * N, R), (B * M, R)], []),  # V and no S: the forward went through V
+        ("gram", False, 40, [(B * N, R), (B * 40, R)], [(B, R, R)]),
+        ("gram", True, M, [(B * N, R)], [(B, R, R)]),
+        ("gram_relu", False, 40, [(B * N, R), (B * 40, R)], [(B, R, R)]),
+        ("mul", False, M, [(B * N, R)], [(B, R), (B, DC)]),
+        ("mul", True, M, [(B * N, R)], [(B, R)]),
+        ("cross_gram", False, M, [(B * N, R)], [(B, R), (B, DC)]),
+        ("expand", False, M, [], [(B * N, 1), (B, R), (B, DC)]),
+        ("gram", False, 1, [], [(B * N, 1), (B, R), (B, DC)]),
+        ("none", False, M, [(B * N, R)], []),
     ],
 )
-def test_what_a_layer_saves(routing, frozen, kept):
+def test_what_a_layer_saves(routing, frozen, m, saved_in_dtype, saved_in_float32, dtype, native):
     """No dropped copy of x, no mask, no Z and no update: T, and what the condition's gradient needs."""
-    x, A, up, y, C, W, bias = linear_leaves()
+    n = 40 if m == 40 else N
+    shapes = ((B, n, D), (R, D), (OUT, R), (B, m, DC), (R, DC), (OUT, D), (OUT,))
+    x, A, up, y, C, W, bias = (torch.randn(*shape, dtype=dtype, device=native.device) for shape in shapes)
     for t in (x, A, up, W, bias, *(() if frozen else (y, C))):
         t.requires_grad_()
     used = [x, A, up, W, bias] if routing == "none" else [x, A, up, W, bias, y, C]
-    options = {"routing": routing, "scaling": 1.0, "dropout_p": 0.3}
+    options = {"routing": routing, "scaling": 1.0, "dropout_p": 0.3, "backend": native}
     saved = saved_by(
         lambda: functional.routed_linear(x, W, bias, y, A, up, None if routing == "none" else C, **options)
     )
     given = {t.data_ptr() for t in used}
     assert Counter(t.data_ptr() for t in saved if t.data_ptr() in given) == Counter(given)  # by reference, once each
-    own = [t for t in saved if t.data_ptr() not in given]
-    assert sorted(tuple(t.shape) for t in own) == sorted([*kept, (1,)])
-    assert {t.dtype for t in own if t.shape == (1,)} == {torch.int64}
+    own = [t for t in saved if t.data_ptr() not in given and t.numel()]
+    wanted = [(shape, dtype) for shape in saved_in_dtype] + [(shape, torch.float32) for shape in saved_in_float32]
+    wanted = [((n * shape[0] // N if shape[0] == B * N else shape[0], *shape[1:]), kind) for shape, kind in wanted]
+    assert Counter((tuple(t.shape), t.dtype) for t in own) == Counter([*wanted, ((1,), torch.int64)])
+    numbers = sum(math.prod(shape) * kind.itemsize for shape, kind in wanted)
+    assert sum(t.untyped_storage().nbytes() for t in own) == numbers + 8
+
+
+@pytest.mark.parametrize("pool, saved_in_float32", [("none", [(B, R, R)]), ("mean", [(B * N, 1), (B, R), (B, D)])])
+def test_what_a_layer_saves_in_sequence(pool, saved_in_float32, native):
+    """V is rows of T."""
+    x, A, up, *_, bias = (t.to(native.device).requires_grad_() for t in linear_leaves())
+    mask = (torch.arange(N, device=native.device) % 2 == 0).expand(B, N)
+    saved = saved_by(
+        lambda: functional.routed_lora(
+            x, A, None, up, routing="gram", scaling=1.0, mask=mask, pool=pool, backend=native
+        )
+    )
+    given = {t.data_ptr() for t in (x, A, up)}
+    own = [t for t in saved if t.data_ptr() not in given and t.numel() and t.dtype != torch.bool]
+    wanted = saved_in_float32 + ([(B * N, R)] if pool == "none" else [])
+    assert Counter(tuple(t.shape) for t in own) == Counter(wanted)
+    assert sum(t.untyped_storage().nbytes() for t in own) == 4 * sum(math.prod(shape) for shape in wanted)
 
 
 def test_a_state_is_saved_by_reference():

@@ -173,7 +173,7 @@ def test_build_info_says_what_cuda_serves(monkeypatch):
     info = rp.build_info()
     assert info["cuda_version"] == "13.0" and info["cuda_archs"] == "8.0;9.0a;12.0+PTX"
     assert info["cuda_widths"] == (1, 256) and info["cuda_dtypes"] == ("bfloat16", "float16", "float32")
-    assert info["cuda_by_torch"]["backward"] == "the definition, recomputed"
+    assert info["cuda_by_torch"] == {"base layer": "the vendor's products"}
 
 
 def test_an_old_gpu_is_named(monkeypatch):
@@ -244,6 +244,10 @@ def raw(routing=4, source=1, **changed):
     return saved["dout"], saved["T"], saved["state"], saved["kept"], *tensors, *numbers
 
 
+LONG = (  # gram goes through S
+    [torch.randn(2, 30, 6), A, B, torch.randn(2, 20, 6), *[None] * 11],
+    [2, 4, 1, 0, 1, 1, [], 10, 1.0, 0.0, 0.0, 0, False],
+)  # fmt: skip
 HOSTILE = {
     "kept is huge": dict(kept=torch.randn(200000, 64)),
     "kept is half": dict(kept=torch.randn(8, 3).half()),
@@ -257,6 +261,16 @@ HOSTILE = {
     "dout is small": dict(dout=torch.randn(2, 4, 10)),
     "dout is half": dict(dout=torch.randn(2, 5, 10).half()),
 }
+
+
+def test_backward_op_wants_the_state_that_the_forward_went_through():
+    out, t, state, kept = torch.ops.routed_peft.forward(*LONG[0], None, *LONG[1], 2)
+    assert state.shape == (2, 3, 3)
+    for given in (torch.empty(0), state[:1], state.flatten()[:5]):
+        with pytest.raises(RuntimeError, match="the state or V must be saved|state has"):
+            torch.ops.routed_peft.backward(0b1111, torch.randn_like(out), t, given, kept, *LONG[0], *LONG[1])
+    with pytest.raises(RuntimeError, match="call it with save=2"):
+        torch.ops.routed_peft.backward(0b1111, torch.randn_like(out), t, state, torch.empty(0), *LONG[0], *LONG[1])
 
 
 @pytest.mark.parametrize("name", HOSTILE)

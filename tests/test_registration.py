@@ -1,10 +1,11 @@
 """How the operator sits in torch: dispatcher ops, lost gradients, transforms, tracing, export."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from calls import CASES, TENSORS, assert_fake_is_real, forward_call
+from calls import CASES, assert_fake_is_real, backward_call, forward_call
 from layers import DC, NAMES, OUT, B, D, M, N, R, adapter, assert_same, inputs, linear_leaves, lora, results
 from tiny_models import awaken
 from torch import nn
@@ -24,9 +25,7 @@ ONES = 0b111111111
 
 
 def backward_arguments(needs, save=2, **case):
-    call = forward_call(save, **case)
-    out, t, state, kept = OPS.forward(*call)
-    return needs, torch.randn_like(out), t, state, kept, *call[:TENSORS], *call[TENSORS + 1 : -1]
+    return backward_call(OPS, needs, save, **case)
 
 
 @pytest.mark.parametrize("name", [name for i, name in enumerate(CASES) if i % 2 == 0])
@@ -42,6 +41,24 @@ def test_fake_outputs_are_the_real_ones(case):
         assert_fake_is_real(OPS.forward.default, forward_call(save, **case))
     for needs in (ONES, 0, 0b000100110, 0b010101001):
         assert_fake_is_real(OPS.backward.default, backward_arguments(needs, **case))
+
+
+def test_what_gram_saves_is_a_rule_of_shapes():
+    """S is saved beside V where the forward goes through it. In whole numbers, so that no rounding can part the rule of
+    the library from the tracer's; here on both sides of the threshold and upon it."""
+    seen = set()
+    for groups, width in ((1, R), (2, 2 * R)):
+        slices = (0, 8, 16, 24) if groups == 2 else ()
+        for n, m in itertools.product((1, 5, 11, 20, 40), (2, 4, 5, 11, 36)):
+            case = dict(n=n, m=m, slices=slices, groups=groups, routing=("gram", "gram_relu")[m % 2])
+            call = forward_call(2, **case)
+            assert_fake_is_real(OPS.forward.default, call)
+            state, kept = OPS.forward(*call)[2:]
+            margin = B * R * (B * m + B * n + 32 * B) - 2 * B * m * (B * n + 8 * B)
+            assert state.shape == ((B, width, R) if margin <= 0 else (0,)) and kept.shape == (B * m, width)
+            assert OPS.forward(*call[:-1], 1)[2].shape == (B, width, R)  # nobody needs V
+            seen.add((margin > 0) - (margin < 0))
+    assert seen == {-1, 0, 1}
 
 
 @pytest.mark.parametrize(
@@ -249,10 +266,11 @@ def test_compile_takes_a_state(compiled, routing):
 @pytest.mark.parametrize("make, p", [(lora, {"lora_dropout": 0.2}), (lora, {}), (adapter, {})])
 @pytest.mark.parametrize("mark", [False, True])
 def test_compile_with_dynamic_sizes(compiled, make, p, mark):
-    """New N and M need no new graph; only M = 1 has one of its own, where the state is a vector."""
+    """New N and M need no new graph; M = 1 has one of its own, where the state is a vector, and so have sizes at which
+    gram goes through S."""
     layer = make(**p)
     fast = compiled(layer, dynamic=None if mark else True)
-    for n, m in ((5, 3), (6, 4), (9, 2), (6, 1)):
+    for n, m in ((5, 3), (6, 4), (9, 2), (6, 1), (40, 30), (30, 50)):
         x, y = inputs(n, m)
         if mark:
             torch._dynamo.maybe_mark_dynamic(x, 1)
@@ -260,7 +278,7 @@ def test_compile_with_dynamic_sizes(compiled, make, p, mark):
         torch.manual_seed(3)
         wanted = results(lambda: layer(x, y), layer, x, y)  # noqa: B023
         torch.manual_seed(3)
-        with torch.compiler.set_stance("default" if m in (1, M) else "fail_on_recompile"):
+        with torch.compiler.set_stance("default" if m in (1, M, 30) else "fail_on_recompile"):
             assert_same(results(lambda: fast(x, y), layer, x, y), wanted)  # noqa: B023
 
 
@@ -312,10 +330,11 @@ class Model(nn.Module):
 def test_export_honours_a_new_condition():
     model, (x, y) = Model(), inputs(grad=False)
     tokens = {"x": {1: torch.export.Dim("N", min=2)}, "condition": {1: torch.export.Dim("M", min=2)}}
-    for shapes, (n, m) in ((None, (N, M)), (tokens, (9, 7))):
+    for shapes, sizes in ((None, [(N, M)]), (tokens, [(9, 7), (3, 3), (60, 50)])):
         program = torch.export.export(model, (x, y), dynamic_shapes=shapes, strict=shapes is None).module()
-        new = inputs(n, m, grad=False)
-        torch.testing.assert_close(program(*new), model(*new))
+        for n, m in sizes:
+            new = inputs(n, m, grad=False)
+            torch.testing.assert_close(program(*new), model(*new))
 
 
 def test_export_takes_a_state():

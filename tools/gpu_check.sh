@@ -64,7 +64,7 @@ run_sanitize() {
 }
 
 run_bench() {
-  limited "$PYTHON" benchmarks/bench_forward.py --results "$RESULTS"
+  limited "$PYTHON" benchmarks/bench_layer.py --results "$RESULTS"
   note "benchmarks" $?
 }
 

@@ -30,7 +30,10 @@ GATES = {
     r"down_route_kernel<(bfloat16|half),": ["tensor-core", "asynchronous copy"],
     r"up_project_kernel<(bfloat16|half)>": ["tensor-core", "asynchronous copy", "16-byte store"],
     r"(^|:)route_kernel<(bfloat16|half),": ["tensor-core"],
-    r"gram_kernel<true>": ["tensor-core"],
+    r"gram_kernel<\w+, true>": ["tensor-core"],
+    r"grad_output_kernel<(bfloat16|half),": ["tensor-core", "asynchronous copy"],
+    r"route_grad_kernel<(bfloat16|half),": ["tensor-core"],
+    r"grad_input_kernel<(bfloat16|half),": ["tensor-core", "asynchronous copy", "16-byte store"],
 }
 
 Counts = dict[tuple[str, str], Counter]  # by kernel and architecture

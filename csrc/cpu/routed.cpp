@@ -29,13 +29,6 @@ Epilogue product(const Problem& p) {
 
 bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
 
-plan::GramShape gram_shape(const Problem& p) {
-  const auto mean = [](int64_t rows, int64_t count) { return count > 0 ? double(rows) / double(count) : 0.0; };
-  const Sequences& y = p.conditions;
-  return {double(p.inputs.count),  double(y.count),  mean(p.inputs.rows, p.inputs.count), mean(y.rows, y.count),
-          double(p.group_width()), double(p.groups), double(element_size(p.dtype))};
-}
-
 void base_gemm(const Host& host, const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
   if (out.rows == 0 || out.cols == 0) return;
   if (host.library_gemm(out, a, b, 1, accumulate)) return;
@@ -97,7 +90,7 @@ void encode_forward(const Host& host, const Problem& p, const Matrix& t, bool wa
   if (kept) store_all(host, c.v.get(), kept);
   if (p.kind == StateKind::kTokens) {
     c.state = {StateKind::kTokens, c.v.get(), nullptr};
-  } else if (!want_state && plan::gram_forward(gram_shape(p)) == plan::GramOrder::kTokens) {
+  } else if (!want_state && plan::gram_order(p) == plan::GramOrder::kTokens) {
     c.use_tokens(p);
   } else {
     c.use_matrix(host, p);
@@ -171,19 +164,17 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   Condition<Acc> condition;
   if (p.state != nullptr) {
     condition.state = {p.kind, static_cast<const Acc*>(p.state), nullptr};
-  } else if (encodes) {  // a gram route that kept V, or has it in T
+  }
+  const bool through_v = encodes && p.kind == StateKind::kMatrix && p.state == nullptr;  // gram by tokens
+  if (through_v || (want_dstate && encodes && p.kind == StateKind::kMatrix)) {
     condition.v = Array<Acc>(p.conditions.rows * p.width);
     if (in_sequence) {
       project_tokens(host, p, io.t, condition.v.get());
     } else {
       load_all(host, io.kept, condition.v.get());
     }
-    if (plan::gram_backward(gram_shape(p)) == plan::GramOrder::kTokens) {
-      condition.use_tokens(p);
-    } else {
-      condition.use_matrix(host, p);
-    }
   }
+  if (through_v) condition.use_tokens(p);
   const bool by_token = condition.state.kind == StateKind::kTokens;
   const int64_t state_numbers = by_token ? p.conditions.rows * p.width : p.conditions.count * p.state_size();
   Array<Acc> dstate(want_dstate ? state_numbers : 0), dt, dv;

@@ -48,8 +48,7 @@ class EmulatedGpu final : public cuda::Host {
 STABLE_TORCH_LIBRARY(routed_peft_emulated, m) { routed_peft::define_ops(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(routed_peft_emulated, CPU, m) {
-  m.impl("forward", TORCH_BOX(&routed_peft::forward<routed_peft::Kernels<routed_peft::EmulatedGpu>>));
-  m.impl("encode", TORCH_BOX(&routed_peft::encode<routed_peft::Kernels<routed_peft::EmulatedGpu>>));
+  routed_peft::implement_ops<routed_peft::Kernels<routed_peft::EmulatedGpu>>(m);
 }
 
 // ---- for the tests, by ctypes

@@ -334,8 +334,8 @@ cudaError_t encode_vector(const Problem& p, float* v, float* pooled_y, void* scr
 }
 
 int64_t pool_scratch(const PoolParams& params) {
-  const unsigned splits =
-      pool_splits(params.pool, params.rows, pool_chunks(params.from.dtype, false, params.from.cols));
+  const unsigned chunks = pool_chunks(params.from.dtype, false, params.from.cols);
+  const unsigned splits = params.whole ? 1 : pool_splits(params.pool, params.rows, chunks);
   return splits == 1 ? 0 : splits * params.rows.count * params.from.cols * int64_t{sizeof(float)};
 }
 
@@ -352,7 +352,7 @@ cudaError_t pool(const PoolParams& params, void* scratch, cudaStream_t stream) {
   pool.pool = params.pool;
   pool.scale_by_tokens = params.scale_by_tokens;
   pool.chunks = pool_chunks(params.from.dtype, false, pool.cols);
-  pool.splits = pool_splits(params.pool, params.rows, pool.chunks);
+  pool.splits = params.whole ? 1 : pool_splits(params.pool, params.rows, pool.chunks);
   pool.sums = pool.splits == 1 ? params.out : static_cast<float*>(scratch);
   const cudaError_t error = launch_pool(pool, params.from.dtype, stream);
   if (error != cudaSuccess || pool.splits == 1) return error;

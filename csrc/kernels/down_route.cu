@@ -34,25 +34,6 @@ constexpr int kDepth = 128 / sizeof(T);  // columns of a stage
 template <class T>
 constexpr int kStride = (128 + 16) / sizeof(T);  // of a row in shared memory: no bank conflicts for ldmatrix
 
-RP_DEVICE void wait_for_stage(int later) {  // cp_async_wait takes a constant
-  switch (later) {
-    case 0:
-      return cp_async_wait<0>();
-    case 1:
-      return cp_async_wait<1>();
-    case 2:
-      return cp_async_wait<2>();
-    case 3:
-      return cp_async_wait<3>();
-    case 4:
-      return cp_async_wait<4>();
-    case 5:
-      return cp_async_wait<5>();
-    default:
-      return cp_async_wait<6>();
-  }
-}
-
 // Rows of X or A on their way to the stages, kRows at a time: with 16 bytes a copy, a thread has the same 16 bytes of
 // rows i, i + 32, ... at every step.
 template <class T, int kRows>
@@ -163,7 +144,7 @@ __global__ __launch_bounds__(kThreads, kBlocksAtLeast<T, kWidth>) void down_rout
   T* stage = stages;
   RP_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
-    wait_for_stage(p.stages - 2);
+    cp_async_wait_for(p.stages - 2);
     __syncthreads();  // this stage is there for everyone, and everyone is done with the one before, refilled next
     if (step + p.stages - 1 < steps) load();
     cp_async_commit();

@@ -6,6 +6,7 @@
 // numbers, and three of the four products are taken. K is small beside the product that made V, so this costs little.
 #include "kernels/device/product.cuh"
 #include "kernels/device/rows.cuh"
+#include "kernels/dispatch.h"
 #include "kernels/launch.h"
 
 namespace routed_peft::cuda {
@@ -33,7 +34,7 @@ RP_DEVICE void split_tf32(float value, uint32_t& high, uint32_t& low) {
   low = to_tf32(value - rounded);
 }
 
-template <bool kTensor>
+template <class L, bool kTensor>
 __global__ __launch_bounds__(kThreads) void gram_kernel(const GramParams p) {
   RP_DYNAMIC_SMEM(shared);
   float* const left = reinterpret_cast<float*>(shared);  // [kRows, kStride]
@@ -58,15 +59,29 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(const GramParams p) {
   float acc[kTile / 8][4] = {};
   for (int64_t n = begin; n < end; n += kRows) {
     __syncthreads();  // the last step's readers are done
+    // A thread has a column of every second row. All loads of eight rows are under way before the first is stored.
+    constexpr int kAhead = 8, kStep = kThreads / kTile;
+    const int column = static_cast<int>(threadIdx.x) % kTile;
     RP_UNROLL
-    for (int e = threadIdx.x; e < kRows * kTile; e += kThreads) {
-      const int row = e / kTile, column = e % kTile;
-      const bool inside = n + row < end && n + row < right_length;
-      const int64_t l = (rows.begin + n + row) * p.width + group * w + i0 + column;
-      const int64_t r = (right_rows.begin + n + row) * p.width + group * w + j0 + column;
-      const float from = inside && i0 + column < w ? p.left[l] : 0.f;
-      left[row * kStride + column] = p.positive ? relu(from) : from;
-      right[row * kStride + column] = inside && j0 + column < w ? p.right[r] : 0.f;
+    for (int first = static_cast<int>(threadIdx.x) / kTile; first < kRows; first += kAhead * kStep) {
+      L from_left[kAhead];
+      float from_right[kAhead];
+      RP_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        const int64_t row = n + first + i * kStep;
+        const bool inside = row < end && row < right_length;
+        const bool there = inside && i0 + column < w && (p.left_mask == nullptr || p.left_mask[rows.begin + row]);
+        const int64_t l = (rows.begin + row) * p.width + group * w + i0 + column;
+        const int64_t r = (right_rows.begin + row) * p.width + group * w + j0 + column;
+        from_left[i] = there ? static_cast<const L*>(p.left)[l] : from_float<L>(0.f);
+        from_right[i] = inside && j0 + column < w ? p.right[r] : 0.f;
+      }
+      RP_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        const float value = to_float(from_left[i]);
+        left[(first + i * kStep) * kStride + column] = p.positive ? relu(value) : value;
+        right[(first + i * kStep) * kStride + column] = from_right[i];
+      }
     }
     __syncthreads();
     if constexpr (kTensor) {
@@ -110,10 +125,10 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(const GramParams p) {
     }
   }
 
-  float factor = p.splits == 1 ? factor_of(p, sample) : 1.f;
+  const bool whole = p.splits == 1 && p.out != nullptr;
+  float factor = whole ? factor_of(p, sample) : 1.f;
   if (lost) factor = nanf("");
-  float* const out =
-      (p.splits == 1 ? p.out : p.partial + part * p.left_rows.count * p.width * w) + sample * p.width * w;
+  float* const out = (whole ? p.out : p.partial + part * p.left_rows.count * p.width * w) + sample * p.width * w;
   RP_UNROLL
   for (int j = 0; j < kTile / 8; ++j) {
     RP_UNROLL
@@ -143,9 +158,13 @@ cudaError_t gram(const GramParams& p, cudaStream_t stream) {
   const int64_t tiles = (p.group_width + kTile - 1) / kTile, groups = p.width / p.group_width;
   const dim3 grid(static_cast<unsigned>(p.left_rows.count * groups * tiles * tiles), static_cast<unsigned>(p.splits));
   constexpr size_t kShared = 2 * kRows * kStride * sizeof(float);
-  const cudaError_t error = p.tensor ? launch<gram_kernel<true>>(grid, dim3(kThreads), kShared, stream, p)
-                                     : launch<gram_kernel<false>>(grid, dim3(kThreads), kShared, stream, p);
-  if (error != cudaSuccess || p.splits == 1) return error;
+  const cudaError_t error = dispatch_float(p.left_dtype, [&]<class L>() {
+    if constexpr (std::is_same_v<L, float>) {
+      if (!p.tensor) return launch<gram_kernel<L, false>>(grid, dim3(kThreads), kShared, stream, p);
+    }
+    return launch<gram_kernel<L, true>>(grid, dim3(kThreads), kShared, stream, p);
+  });
+  if (error != cudaSuccess || p.splits == 1 || p.out == nullptr) return error;
   const int64_t blocks = (int64_t{p.width} * p.group_width + kThreads - 1) / kThreads;
   return launch<gram_reduce_kernel>(dim3(static_cast<unsigned>(p.left_rows.count * blocks)), dim3(kThreads), 0, stream,
                                     p);

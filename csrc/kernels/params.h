@@ -101,6 +101,8 @@ struct Problem {
   int64_t slice_count = 0;
   int64_t out_features = 0;
 
+  // Whether the condition is projected here, and not given as a state.
+  bool encodes() const { return source == Source::kTokens || source == Source::kInSequence; }
   int64_t group_width() const { return width / groups; }
   int64_t rank() const { return width / slice_count; }
   int64_t condition_of(int64_t sample) const { return index ? index[sample] : sample; }
@@ -118,7 +120,7 @@ struct ForwardResult {
 // What the forward saved comes in, gradients go out; an absent one is not wanted.
 struct Backward {
   Matrix dout;     // [rows, o]
-  Matrix t, kept;  // as ForwardResult; Problem::state is nullptr where V was kept instead
+  Matrix t, kept;  // as ForwardResult; Problem::state is nullptr where the forward went through V (plan::gram_order)
 
   Matrix dx, da, db, dy, dc, dweight, dbias, db_down, db_c;
   void* dstate = nullptr;  // Source::kState: gradient of the given state

@@ -28,41 +28,32 @@ enum class GramOrder { kMatrix, kTokens };
 
 struct GramShape {
   double samples, conditions;  // B, and how many conditions they share
-  double n, m, w, groups;      // tokens of an input and of a condition, width of a group
-  double element_bytes;        // of T and V as they are stored
+  double rows, tokens;         // of x and of y, all samples together
+  double width;                // of a group; how many groups there are changes both costs alike
 };
 
 // Time is taken as flops + kFlopsPerByte · bytes: about what one core's arithmetic is worth against its memory.
 constexpr double kFlopsPerByte = 8;
 
-constexpr double gram_forward_cost(const GramShape& s, GramOrder order) {
-  const double state_bytes = 4 * s.conditions * s.groups * s.w * s.w;
-  if (order == GramOrder::kMatrix) {
-    return s.groups * (2 * s.conditions * s.m + 2 * s.samples * s.n) * s.w * s.w + kFlopsPerByte * 2 * state_bytes;
+// Of a forward, in units of 2 width groups / conditions flops: whole numbers, which the shapes for tracing
+// (routed_peft/ops.py) compare as well. Numbers in memory are float32 whatever the dtype: S, and V as it is read.
+constexpr double gram_cost(const GramShape& s, GramOrder order) {
+  if (order == GramOrder::kMatrix) {  // S is written and read
+    return s.conditions * s.width * (s.tokens + s.rows + 4 * kFlopsPerByte * s.conditions);
   }
-  // V is read again for each sample
-  return s.groups * s.w * (4 * s.samples * s.n * s.m + kFlopsPerByte * s.element_bytes * s.samples * s.m);
+  return 2 * s.tokens * (s.rows + kFlopsPerByte * s.samples);  // V is read again for each sample
 }
 
-// With a gradient into V. S is not saved beside V, so the matrix order makes it again.
-constexpr double gram_backward_cost(const GramShape& s, GramOrder order) {
-  const double state_bytes = 4 * s.conditions * s.groups * s.w * s.w;
-  if (order == GramOrder::kMatrix) {
-    return s.groups * (4 * s.conditions * s.m + 4 * s.samples * s.n) * s.w * s.w + kFlopsPerByte * 4 * state_bytes;
-  }
-  return s.groups * s.w * (10 * s.samples * s.n * s.m + kFlopsPerByte * s.element_bytes * 2 * s.samples * s.m);
+constexpr GramOrder gram_order(const GramShape& s) {
+  return gram_cost(s, GramOrder::kMatrix) <= gram_cost(s, GramOrder::kTokens) ? GramOrder::kMatrix : GramOrder::kTokens;
 }
 
-constexpr GramOrder cheaper(double matrix, double tokens) {
-  return matrix <= tokens ? GramOrder::kMatrix : GramOrder::kTokens;
-}
-
-constexpr GramOrder gram_forward(const GramShape& s) {
-  return cheaper(gram_forward_cost(s, GramOrder::kMatrix), gram_forward_cost(s, GramOrder::kTokens));
-}
-
-constexpr GramOrder gram_backward(const GramShape& s) {
-  return cheaper(gram_backward_cost(s, GramOrder::kMatrix), gram_backward_cost(s, GramOrder::kTokens));
+// How a call goes that is not asked for S: the forward, and the backward with what that one saved. Where V is rows of T
+// and where S is given, it is S.
+inline GramOrder gram_order(const Problem& p) {
+  if (p.source != Source::kTokens) return GramOrder::kMatrix;
+  return gram_order(GramShape{double(p.inputs.count), double(p.conditions.count), double(p.inputs.rows),
+                              double(p.conditions.rows), double(p.group_width())});
 }
 
 // What the processor offers to a product.
@@ -114,6 +105,13 @@ constexpr int64_t down_split_depth(int64_t rows, int64_t d) {
   const int64_t blocks = std::max<int64_t>(round_up(rows, 64) / 64, 1);
   const int64_t splits = std::clamp<int64_t>(std::min<int64_t>(kWantedBlocks / blocks, d / 128), 1, 8);
   return std::max<int64_t>(round_up((d + splits - 1) / splits, 64), 64);
+}
+
+// The same for grad_output, whose columns come in units of 64: units in one part, at least two.
+constexpr int64_t grad_output_split_depth(int64_t rows, int64_t units) {
+  const int64_t blocks = std::max<int64_t>(round_up(rows, 64) / 64, 1);
+  const int64_t splits = std::clamp<int64_t>(std::min<int64_t>(kWantedBlocks / blocks, units / 2), 1, 8);
+  return std::max<int64_t>((units + splits - 1) / splits, 1);
 }
 
 // Parts of the rows of a sample in gram; a part has at least 64 rows.

@@ -16,7 +16,9 @@
 #include <limits>
 
 #include "kernels/device/rows.cuh"
+#include "kernels/device/strided.cuh"
 #include "kernels/device/vector.cuh"
+#include "kernels/directions.h"
 #include "kernels/dispatch.h"
 #include "kernels/launch.h"
 #include "kernels/routed.h"
@@ -30,7 +32,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 int64_t padded(int64_t cols) { return (cols + 63) / 64 * 64; }
 
 constexpr int kDirectionThreads = 128, kDirectionConditions = 8;
-constexpr int kDepth = 64;  // of u in shared memory
+constexpr int kDepth = 64;  // of u in shared memory, and of a sum before it is added
+constexpr int kRun = 8;     // numbers of a weight that are loaded together
 
 RP_HOST_DEVICE unsigned direction_tiles(int64_t cols) {
   return static_cast<unsigned>((cols + kDirectionThreads - 1) / kDirectionThreads);
@@ -38,8 +41,8 @@ RP_HOST_DEVICE unsigned direction_tiles(int64_t cols) {
 
 struct DirectionParams {
   const float* v;  // [conditions, width]
-  Matrix a;        // [width, d]
-  Matrix b;        // [selected o, rank]
+  Matrix a;        // [width, d], any dtype
+  Matrix b;        // [selected o, rank], any dtype
   bool b_aligned;
   int64_t width, groups;
   int group_width, rank;
@@ -49,12 +52,11 @@ struct DirectionParams {
   bool q_shared, p_shared;  // one for all conditions, of the ones vector
   float scaling;
   int64_t q_stride, p_stride;
-  unsigned q_tiles, tiles;  // of a group; of all columns of q and p
+  unsigned q_tiles, tiles;  // of a group, or none if q is not wanted; of all columns of q and p
   float* q;                 // [conditions or 1, groups, q_stride]
   float* p;                 // [conditions or 1, p_stride]
 };
 
-template <class T>
 __global__ __launch_bounds__(kDirectionThreads, 4) void directions_kernel(const DirectionParams p) {
   using Numbers = Elements<float, kDirectionConditions>;
   RP_SHARED(Numbers[kDepth], u);
@@ -67,7 +69,9 @@ __global__ __launch_bounds__(kDirectionThreads, 4) void directions_kernel(const 
   const bool is_q = tile < q_tiles;
   int64_t count, n_stride, k_stride;  // columns n
   int depth, from;                    // numbers k; their first column of v
-  const T* weight;
+  const void* weight;
+  Dtype dtype;
+  int64_t at;  // of the first column
   float* out;
   int64_t out_stride;
   if (is_q) {
@@ -75,7 +79,7 @@ __global__ __launch_bounds__(kDirectionThreads, 4) void directions_kernel(const 
     tile %= p.q_tiles;
     count = p.a.cols, depth = p.group_width, from = static_cast<int>(group) * depth;
     n_stride = p.a.col_stride, k_stride = p.a.row_stride;
-    weight = static_cast<const T*>(p.a.data) + from * k_stride;
+    weight = p.a.data, dtype = p.a.dtype, at = from * k_stride;
     out = p.q + group * p.q_stride, out_stride = p.groups * p.q_stride;
   } else {
     tile -= q_tiles;
@@ -87,14 +91,14 @@ __global__ __launch_bounds__(kDirectionThreads, 4) void directions_kernel(const 
     }
     count = p.slices[i].length, depth = p.rank, from = i * depth;
     n_stride = p.b.row_stride, k_stride = p.b.col_stride;
-    weight = static_cast<const T*>(p.b.data) + p.slices[i].row * n_stride;
+    weight = p.b.data, dtype = p.b.dtype, at = p.slices[i].row * n_stride;
     out = p.p + p.slices[i].row, out_stride = p.p_stride;
   }
   const bool shared = is_q ? p.q_shared : p.p_shared;
   const int64_t conditions = shared ? 1 : p.conditions;
   if (first >= conditions) return;  // the whole block
   const int64_t n = int64_t{tile} * kDirectionThreads + tid;
-  weight += (n < count ? n : count - 1) * n_stride;  // the last column again, and not stored
+  at += (n < count ? n : count - 1) * n_stride;  // the last column again, and not stored
   const bool vectors = !is_q && p.b_aligned;
 
   float acc[kDirectionConditions] = {};
@@ -109,23 +113,19 @@ __global__ __launch_bounds__(kDirectionThreads, 4) void directions_kernel(const 
                                                                 : p.v[condition * p.width + from + k0 + k];
     }
     __syncthreads();
+    float sum[kDirectionConditions] = {};
     RP_NO_UNROLL
-    for (int k = 0; k < here; k += kVector<T>) {
-      float w[kVector<T>];
-      if (vectors && k + kVector<T> <= here) {
-        const Elements<T, kVector<T>> run = load_vector<kVector<T>>(weight + k0 + k);
-        RP_UNROLL
-        for (int i = 0; i < kVector<T>; ++i) w[i] = to_float(run.e[i]);
-      } else {
-        RP_UNROLL
-        for (int i = 0; i < kVector<T>; ++i) w[i] = k + i < here ? to_float(weight[(k0 + k + i) * k_stride]) : 0.0f;
-      }
+    for (int k = 0; k < here; k += kRun) {
+      float w[kRun];
+      load_strided(weight, dtype, at + (k0 + k) * k_stride, k_stride, 0, here - k, vectors, w);
       RP_UNROLL
-      for (int i = 0; i < kVector<T>; ++i) {
+      for (int i = 0; i < kRun; ++i) {
         RP_UNROLL
-        for (int c = 0; c < kDirectionConditions; ++c) acc[c] += w[i] * u[k + i].e[c];
+        for (int c = 0; c < kDirectionConditions; ++c) sum[c] += w[i] * u[k + i].e[c];
       }
     }
+    RP_UNROLL
+    for (int c = 0; c < kDirectionConditions; ++c) acc[c] += sum[c];
   }
   if (n >= (is_q ? p.q_stride : count)) return;  // q is padded with zeros
   RP_UNROLL
@@ -319,13 +319,18 @@ __global__ __launch_bounds__(kThreads, 4) void rank_one_kernel(const RankOnePara
   }
 }
 
-bool q_shared(const Problem& p) { return p.routing == Routing::kExpand; }
-bool p_shared(const Problem& p) { return p.routing == Routing::kOnes; }
+}  // namespace
 
-int64_t q_numbers(const Problem& p) { return (q_shared(p) ? 1 : p.conditions.count) * p.groups * padded(p.a.cols); }
-int64_t p_numbers(const Problem& p) { return (p_shared(p) ? 1 : p.conditions.count) * padded(p.b.rows); }
+Directions::Directions(const Problem& p)
+    : q_shared(p.routing == Routing::kExpand),
+      p_shared(p.routing == Routing::kOnes),
+      q_stride(padded(p.a.cols)),
+      p_stride(padded(p.b.rows)),
+      q_numbers((q_shared ? 1 : p.conditions.count) * p.groups * q_stride),
+      p_numbers((p_shared ? 1 : p.conditions.count) * p_stride) {}
 
-cudaError_t directions(const Problem& p, const float* v, float* q, float* up, cudaStream_t stream) {
+cudaError_t make_directions(const Problem& p, const float* v, float* q, float* up, cudaStream_t stream) {
+  const Directions layout(p);
   DirectionParams params{};
   params.v = v;
   params.a = p.a;
@@ -338,12 +343,12 @@ cudaError_t directions(const Problem& p, const float* v, float* q, float* up, cu
   std::copy_n(p.slices, p.slice_count, params.slices);
   params.slice_count = static_cast<int>(p.slice_count);
   params.conditions = p.conditions.count;
-  params.q_shared = q_shared(p);
-  params.p_shared = p_shared(p);
+  params.q_shared = layout.q_shared;
+  params.p_shared = layout.p_shared;
   params.scaling = static_cast<float>(p.scaling);
-  params.q_stride = padded(p.a.cols);
-  params.p_stride = padded(p.b.rows);
-  params.q_tiles = direction_tiles(params.q_stride);
+  params.q_stride = layout.q_stride;
+  params.p_stride = layout.p_stride;
+  params.q_tiles = q == nullptr ? 0 : direction_tiles(layout.q_stride);
   params.tiles = static_cast<unsigned>(p.groups) * params.q_tiles;
   for (int64_t i = 0; i < p.slice_count; ++i) params.tiles += direction_tiles(p.slices[i].length);
   params.q = q;
@@ -351,22 +356,23 @@ cudaError_t directions(const Problem& p, const float* v, float* q, float* up, cu
   const int64_t condition_tiles = (p.conditions.count + kDirectionConditions - 1) / kDirectionConditions;
   const dim3 grid(params.tiles * static_cast<unsigned>(condition_tiles));
   if (grid.x == 0) return cudaSuccess;
-  return dispatch_float(p.dtype, [&]<class T>() {
-    return launch<directions_kernel<T>>(grid, dim3(kDirectionThreads), 0, stream, params);
-  });
+  return launch<directions_kernel>(grid, dim3(kDirectionThreads), 0, stream, params);
 }
 
-}  // namespace
-
-int64_t rank_one_scratch(const Problem& p) { return (q_numbers(p) + p_numbers(p)) * int64_t{sizeof(float)}; }
+int64_t rank_one_scratch(const Problem& p) {
+  const Directions layout(p);
+  return (layout.q_numbers + layout.p_numbers) * int64_t{sizeof(float)};
+}
 
 cudaError_t rank_one(const Problem& p, const float* v, const Matrix& out, float* c, void* scratch,
                      cudaStream_t stream) {
   if (p.x.rows == 0) return cudaSuccess;
   if (p.slice_count > kMaxSlices || p.groups > kMaxSlices) return cudaErrorInvalidValue;
+  if (p.dtype == Dtype::kFloat64) return cudaErrorInvalidValue;
+  const Directions layout(p);
   float* q = static_cast<float*>(scratch);
-  float* up = q + q_numbers(p);
-  const cudaError_t error = directions(p, v, q, up, stream);
+  float* up = q + layout.q_numbers;
+  const cudaError_t error = make_directions(p, v, q, up, stream);
   if (error != cudaSuccess) return error;
 
   const bool dropout = p.drop_x.threshold != 0;
@@ -387,10 +393,10 @@ cudaError_t rank_one(const Problem& p, const float* v, const Matrix& out, float*
   params.groups = static_cast<int>(p.groups);
   params.q = q;
   params.p = up;
-  params.q_shared = q_shared(p);
-  params.p_shared = p_shared(p);
-  params.q_stride = padded(p.a.cols);
-  params.p_stride = padded(p.b.rows);
+  params.q_shared = layout.q_shared;
+  params.p_shared = layout.p_shared;
+  params.q_stride = layout.q_stride;
+  params.p_stride = layout.p_stride;
   std::copy_n(p.slices, p.slice_count, params.slices);
   params.slice_count = static_cast<int>(p.slice_count);
   params.dropout = p.drop_x;

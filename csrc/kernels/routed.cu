@@ -6,58 +6,20 @@
 //
 // A bottleneck of more columns than a kernel holds in registers is taken in chunks of whole groups: unmixed slices are
 // independent of each other until the output.
-#include <algorithm>
-#include <vector>
-
-#include "kernels/plan.h"
-#include "kernels/routed.h"
+#include "kernels/steps.h"
 
 namespace routed_peft::cuda {
 namespace {
 
-#define RP_TRY(call)                          \
-  do {                                        \
-    const cudaError_t error_ = (call);        \
-    if (error_ != cudaSuccess) return error_; \
-  } while (false)
+bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
 
-template <class T>
-T* scratch(const Host& host, int64_t count) {
-  return static_cast<T*>(host.scratch(count * static_cast<int64_t>(sizeof(T))));
-}
-
-bool encodes(const Problem& p) { return p.source == Source::kTokens || p.source == Source::kInSequence; }
-
-// A, B and C in the input's dtype, rows contiguous: copies where they are not.
-cudaError_t pack_parameters(const Host& host, Problem& p) {
-  PackParams packed{};
-  packed.dtype = p.dtype;
-  const bool own_c = p.source == Source::kTokens && !p.shared;
-  for (Matrix* m : {&p.a, &p.b, own_c ? &p.c : nullptr}) {
-    if (m == nullptr || m->data == nullptr || (m->dtype == p.dtype && m->col_stride == 1)) continue;
-    void* to = host.scratch(m->rows * m->cols * element_size(p.dtype));
-    packed.from[packed.count] = *m;
-    packed.to[packed.count++] = to;
-    *m = dense(to, p.dtype, m->rows, m->cols);
-  }
-  if (p.shared && p.a.data != nullptr) p.c = p.a;
-  return packed.count > 0 ? pack(packed, host.stream()) : cudaSuccess;
-}
-
-// Groups that are routed together.
-struct Chunk {
-  int64_t first_group, groups;
-  int64_t first, width;  // columns of the bottleneck
-};
-
-std::vector<Chunk> chunks_of(const Problem& p) {
-  const int64_t w = p.group_width(), at_once = std::max<int64_t>(kMaxWidth / w, 1);
-  std::vector<Chunk> chunks;
-  for (int64_t g = 0; g < p.groups; g += at_once) {
-    const int64_t groups = std::min(at_once, p.groups - g);
-    chunks.push_back({g, groups, g * w, groups * w});
-  }
-  return chunks;
+// A, B and C, those that are read in the input's dtype alone.
+cudaError_t pack_all(const Host& host, Problem& p) {
+  Matrix none;
+  const bool rows = !is_rank_one(p), shares = p.encodes() && p.shared, own_c = p.source == Source::kTokens && !p.shared;
+  RP_TRY(pack_parameters(host, p, {rows || shares ? &p.a : &none, rows ? &p.b : &none, own_c ? &p.c : &none}));
+  if (p.shared && p.a) p.c = p.a;
+  return cudaSuccess;
 }
 
 // down_route's part that is the same for x and for y.
@@ -108,16 +70,6 @@ cudaError_t project_tokens(const Host& host, const Problem& p, float* v, const M
   return cudaSuccess;
 }
 
-// K [left_rows.count, R, w] from rows that are in memory.
-cudaError_t make_gram(const Host& host, const Problem& p, GramParams g) {
-  g.tensor = p.dtype != Dtype::kFloat32;
-  g.width = static_cast<int>(p.width);
-  g.group_width = static_cast<int>(p.group_width());
-  g.splits = static_cast<int>(plan::gram_splits(g.left_rows.count, p.groups, p.group_width(), g.left_rows.rows));
-  if (g.splits > 1) g.partial = scratch<float>(host, g.splits * g.left_rows.count * p.width * p.group_width());
-  return gram(g, host.stream());
-}
-
 GramParams state_gram(const Problem& p, const float* v, float* out) {
   GramParams g;
   g.left = g.right = v;
@@ -128,29 +80,6 @@ GramParams state_gram(const Problem& p, const float* v, float* out) {
   g.out = out;
   return g;
 }
-
-// (T Vᵀ) V rather than T (VᵀV), where it is cheaper and nobody asks for the state.
-bool token_order(const Problem& p) {
-  const auto mean = [](int64_t rows, int64_t count) { return count > 0 ? double(rows) / double(count) : 0.0; };
-  const plan::GramShape shape{double(p.inputs.count),
-                              double(p.conditions.count),
-                              mean(p.inputs.rows, p.inputs.count),
-                              mean(p.conditions.rows, p.conditions.count),
-                              double(p.group_width()),
-                              double(p.groups),
-                              4.0};
-  return p.groups == 1 && plan::gram_forward(shape) == plan::GramOrder::kTokens;
-}
-
-// The condition as the route reads it.
-struct Condition {
-  const float* state = nullptr;
-  int64_t stride = 0;
-  bool by_tokens = false;
-  const float* sums = nullptr;
-};
-
-int64_t state_stride(const Problem& p) { return p.kind == StateKind::kMatrix ? p.state_size() : p.width; }
 
 // From y alone; what needs T comes later. `state`: where it is wanted, or nullptr.
 cudaError_t encode_condition(const Host& host, const Problem& p, void* state, const Matrix& kept, bool may_take_tokens,
@@ -168,7 +97,7 @@ cudaError_t encode_condition(const Host& host, const Problem& p, void* state, co
   RP_TRY(project_tokens(host, p, v, kept));
   c.state = v;
   if (tokens) return cudaSuccess;
-  if (to == nullptr && may_take_tokens && token_order(p)) {
+  if (to == nullptr && may_take_tokens && plan::gram_order(p) == plan::GramOrder::kTokens) {
     c.by_tokens = true;
     c.stride = p.width;
     return cudaSuccess;
@@ -176,45 +105,6 @@ cudaError_t encode_condition(const Host& host, const Problem& p, void* state, co
   if (to == nullptr) to = scratch<float>(host, p.conditions.count * p.state_size());
   c.state = to;
   return make_gram(host, p, state_gram(p, v, to));
-}
-
-RouteParams route_params(const Problem& p, const RouteParams& base, const Condition& c, const Chunk& chunk) {
-  RouteParams r = base;
-  r.routing = p.routing;
-  r.kind = p.kind;
-  r.activation = p.activation;
-  r.by_tokens = c.by_tokens;
-  r.scale_by_tokens = p.scale_by_tokens;
-  r.inputs = p.inputs;
-  r.conditions = p.conditions;
-  r.index = p.index;
-  r.condition_mask = p.condition_mask;
-  r.state_stride = c.stride;
-  const bool matrix = c.stride == p.state_size() && p.kind == StateKind::kMatrix && !c.by_tokens;
-  const bool cross = p.routing == Routing::kCrossGram && p.kind == StateKind::kTokens;
-  if (c.state != nullptr) r.state = c.state + chunk.first * (matrix || cross ? p.group_width() : 1);
-  if (c.sums != nullptr) r.sums = c.sums + chunk.first;
-  return r;
-}
-
-// The columns of the output: the chunk's slices, and with the first chunk those that no slice covers.
-void set_segments(const Problem& p, const Chunk& chunk, UpProjectParams& u) {
-  const bool mixed = p.groups == 1;
-  std::vector<int64_t> order(static_cast<size_t>(p.slice_count));
-  for (int64_t i = 0; i < p.slice_count; ++i) order[static_cast<size_t>(i)] = i;
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.slices[a].start < p.slices[b].start; });
-  int64_t covered = 0;
-  const auto gap = [&](int64_t end) {
-    if (end > covered && chunk.first == 0) u.segments[u.segment_count++] = {covered, end - covered, -1, 0};
-  };
-  for (const int64_t i : order) {
-    const Slice& slice = p.slices[i];
-    gap(slice.start);
-    covered = slice.start + slice.length;
-    if (!mixed && (i < chunk.first_group || i >= chunk.first_group + chunk.groups)) continue;
-    u.segments[u.segment_count++] = {slice.start, slice.length, slice.row, static_cast<int>(i) * u.padded_rank};
-  }
-  gap(p.out_features);
 }
 
 // T in memory first: V of an in-sequence condition, and cross_gram's sums over the input's rows.
@@ -332,7 +222,7 @@ cudaError_t low_rank(const Host& host, const Problem& p, const ForwardResult& re
     u.bias = p.bias;
     if (p.residual) u.residual = p.x;
     u.scaling = static_cast<float>(p.scaling);
-    set_segments(p, chunks[i], u);
+    for (const Segment& segment : segments_of(p, chunks[i], padded_rank)) u.segments[u.segment_count++] = segment;
     RP_TRY(up_project(u, host.stream()));
   }
   return cudaSuccess;
@@ -343,15 +233,15 @@ cudaError_t low_rank(const Host& host, const Problem& p, const ForwardResult& re
 cudaError_t forward(const Host& host, const Problem& problem, const ForwardResult& result) {
   Problem p = problem;
   if (p.group_width() > kMaxWidth || p.slice_count > kMaxSlices) return cudaErrorInvalidValue;
-  RP_TRY(pack_parameters(host, p));
+  RP_TRY(pack_all(host, p));
   Condition c;
   if (p.source == Source::kState) {
     c.state = static_cast<const float*>(p.state);
     c.stride = state_stride(p);
-  } else if (encodes(p) && (p.source == Source::kTokens || p.kind == StateKind::kVector)) {
+  } else if (p.encodes() && (p.source == Source::kTokens || p.kind == StateKind::kVector)) {
     RP_TRY(encode_condition(host, p, result.state, result.kept, true, c));
   }
-  if (plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down))) {
+  if (is_rank_one(p)) {
     void* space = host.scratch(rank_one_scratch(p));
     RP_TRY(rank_one(p, c.state, result.out, static_cast<float*>(result.t.data), space, host.stream()));
   } else {
@@ -364,11 +254,9 @@ cudaError_t forward(const Host& host, const Problem& problem, const ForwardResul
 cudaError_t encode(const Host& host, const Problem& problem, void* state, const Matrix& kept) {
   Problem p = problem;
   if (p.group_width() > kMaxWidth) return cudaErrorInvalidValue;
-  RP_TRY(pack_parameters(host, p));
+  RP_TRY(pack_all(host, p));
   Condition c;
   return encode_condition(host, p, state, kept, false, c);
 }
-
-#undef RP_TRY
 
 }  // namespace routed_peft::cuda

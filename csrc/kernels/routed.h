@@ -26,7 +26,12 @@ class Host {
 
 cudaError_t forward(const Host& host, const Problem& problem, const ForwardResult& result);
 
+// What the forward saved comes in with io and as problem.state.
+cudaError_t backward(const Host& host, const Problem& problem, const Backward& io);
+
 // A condition alone: its state, float32, and, if present, what its backward needs (as ForwardResult::kept).
 cudaError_t encode(const Host& host, const Problem& problem, void* state, const Matrix& kept);
+cudaError_t encode_backward(const Host& host, const Problem& problem, const void* dstate, const Matrix& kept,
+                            const Matrix& dy, const Matrix& dc, const Matrix& db_c);
 
 }  // namespace routed_peft::cuda

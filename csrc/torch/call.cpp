@@ -203,6 +203,25 @@ int64_t state_numbers(const Problem& p) {
   return (p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count) * p.state_size();
 }
 
+Matrix kept_of(const Place& place, const Problem& p, const Tensor& kept) {
+  if (kept.dim() != 2) return {};
+  const bool pooled = p.kind == StateKind::kVector;
+  STD_TORCH_CHECK(pooled || p.kind == StateKind::kMatrix, "nothing is kept for this kind of condition");
+  const int64_t rows = pooled ? p.conditions.count : p.conditions.rows, cols = pooled ? p.y.cols : p.width;
+  const Dtype dtype = pooled ? accumulated_dtype(p.dtype) : p.dtype;
+  return dense(place.saved_of("kept", kept, type_of(dtype), rows * cols), dtype, rows, cols);
+}
+
+Gradient gradient(int64_t needs, int bit, const MaybeTensor& like, const Tensor& any, bool as_rows) {
+  if (!(needs >> bit & 1) || !like) return {nothing(any), {}};
+  Gradient g{torch::stable::new_empty(*like, shape_of(*like)), {}};
+  const int64_t dims = like->dim(), last = dims > 0 ? like->size(dims - 1) : 1;
+  const int64_t rows = dims == 1 ? 1 : as_rows ? (last > 0 ? like->numel() / last : 0) : like->size(0);
+  g.matrix = dense(g.tensor.data_ptr(), dtype_of("gradient", g.tensor), rows, last);
+  if (g.matrix.data == nullptr) g.matrix = {};  // nothing in it
+  return g;
+}
+
 void multiply(Addmm addmm, const torch::stable::Device& device, const Matrix& out, const Matrix& a, const Matrix& b,
               double alpha, bool accumulate) {
   const auto wrap = [&](const Matrix& m) {

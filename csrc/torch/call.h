@@ -1,10 +1,11 @@
-// The arguments of an op, checked and turned into a Problem; and forward and encode themselves, once for every device.
+// The arguments of an op, checked and turned into a Problem; and the ops themselves, once for every device.
 //
-// A device is a class with a constructor from the tensor that the others must lie beside, `place`, `forward` and
-// `encode`; the last two have the arguments of cpu::forward and cpu::encode without their host.
+// A device is a class with a constructor from the tensor that the others must lie beside, `place`, and `forward`,
+// `backward`, `encode` and `encode_backward` with the arguments of those of cpu/routed.h without their host.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
@@ -38,6 +39,16 @@ std::vector<int64_t> state_shape(const Problem& p, const MaybeTensor& condition,
 
 // Numbers in it.
 int64_t state_numbers(const Problem& p);
+
+// What a forward kept for the gradient of its condition, of the shape it has there; absent if the tensor is empty.
+Matrix kept_of(const Place& place, const Problem& p, const Tensor& kept);
+
+// The gradient of an optional input: like it, contiguous, if bit `bit` of `needs` asks for it.
+struct Gradient {
+  Tensor tensor;
+  Matrix matrix;
+};
+Gradient gradient(int64_t needs, int bit, const MaybeTensor& like, const Tensor& any, bool as_rows);
 
 // out = alpha · a b (+ out) by torch's matrix product on `device`.
 using Addmm = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
@@ -79,14 +90,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   if (save != 0) {
     t = is_rank_one(p) ? accumulated(p, x, {p.x.rows, p.groups}) : torch::stable::new_empty(x, {p.x.rows, p.width});
     result.t = place.matrix_of("T", t, -1, -1);
-    const bool encodes = p.source == Source::kTokens || p.source == Source::kInSequence;
-    if (encodes && (p.kind != StateKind::kMatrix || save == 1)) {
+    const bool through_v = p.kind == StateKind::kMatrix && plan::gram_order(p) == plan::GramOrder::kTokens;
+    if (p.encodes() && (save == 1 || !through_v)) {
       state = accumulated(p, x, state_shape(p, condition, x));
       result.state = state.data_ptr();
     }
-    if (encodes && save == 2 && p.kind == StateKind::kVector) {
+    if (p.encodes() && save == 2 && p.kind == StateKind::kVector) {
       kept = accumulated(p, x, {p.conditions.count, p.y.cols});
-    } else if (encodes && save == 2 && p.kind == StateKind::kMatrix && p.source == Source::kTokens) {
+    } else if (save == 2 && p.kind == StateKind::kMatrix && p.source == Source::kTokens) {
       kept = torch::stable::new_empty(x, {p.conditions.rows, p.width});
     }
     if (kept.dim() == 2) result.kept = place.matrix_of("kept", kept, -1, -1);
@@ -105,6 +116,87 @@ std::tuple<Tensor, Tensor> encode(Tensor y, Tensor C, MaybeTensor b_C, MaybeTens
   if (save && p.kind == StateKind::kMatrix) kept = torch::stable::new_empty(y, {p.conditions.rows, p.width});
   device.encode(p, state.data_ptr(), kept.dim() == 2 ? device.place().matrix_of("kept", kept, -1, -1) : Matrix{});
   return {state, kept};
+}
+
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Device>
+NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor kept, Tensor x, Tensor A, Tensor B,
+                     MaybeTensor condition, MaybeTensor C, MaybeTensor weight, MaybeTensor bias, MaybeTensor b_down,
+                     MaybeTensor b_C, MaybeTensor mask, MaybeTensor index, MaybeTensor input_mask,
+                     MaybeTensor cu_seqlens, MaybeTensor condition_cu_seqlens, MaybeTensor seed, int64_t samples,
+                     int64_t routing, int64_t source, int64_t pool, int64_t scale, int64_t groups,
+                     std::vector<int64_t> slices, int64_t out_features, double scaling, double dropout_p,
+                     double condition_dropout_p, int64_t activation, bool residual) {
+  const Device device(x);
+  const Place& place = device.place();
+  Call call = make_call(place, x, A, B, condition, C, weight, bias, b_down, b_C, mask, index, input_mask, cu_seqlens,
+                        condition_cu_seqlens, seed, std::nullopt, samples, routing, source, pool, scale, groups, slices,
+                        out_features, scaling, dropout_p, condition_dropout_p, activation, residual);
+  Problem& p = call.problem;
+  Backward io;
+  io.dout = place.rows_of("dout", dout);
+  check_size("dout", io.dout.rows, p.x.rows);
+  check_size("dout", io.dout.cols, out_features);
+  STD_TORCH_CHECK(io.dout.dtype == p.dtype, "dout must have the input's dtype");
+  const bool one = is_rank_one(p);
+  const int64_t t_cols = one ? p.groups : p.width;
+  const Dtype t_dtype = one ? accumulated_dtype(p.dtype) : p.dtype;
+  io.t = dense(place.saved_of("T", t, type_of(t_dtype), p.x.rows * t_cols), t_dtype, p.x.rows, t_cols);
+  io.kept = kept_of(place, p, kept);
+  if (p.encodes() && (p.kind != StateKind::kMatrix || state.dim() == 3 || state.numel() > 0)) {
+    p.state = place.saved_of("state", state, accumulated_type(p.dtype), state_numbers(p));
+  } else if (p.encodes()) {
+    STD_TORCH_CHECK(plan::gram_order(p) == plan::GramOrder::kTokens && kept.dim() == 2,
+                    "either the state or V must be saved");
+  }
+  constexpr int64_t kDx = 1, kDa = 2, kDy = 8, kDc = 16, kDbDown = 128, kDbC = 256;
+  const bool uses_kept = p.kind == StateKind::kVector || (p.kind == StateKind::kMatrix && p.source == Source::kTokens);
+  const int64_t into_condition = p.source == Source::kInSequence ? kDx | kDa | kDbDown
+                                 : p.shared                      ? kDy | kDa | kDbDown
+                                                                 : kDy | kDc | kDbC;
+  STD_TORCH_CHECK(!p.encodes() || !uses_kept || (needs & into_condition) == 0 || kept.dim() == 2,
+                  "the forward saved nothing for a gradient of the condition; call it with save=2");
+
+  Gradient dx = gradient(needs, 0, x, x, true), da = gradient(needs, 1, A, x, false),
+           db = gradient(needs, 2, B, x, false);
+  Gradient dcondition = gradient(needs, 3, condition, x, true), dc = gradient(needs, 4, C, x, false);
+  Gradient dweight = gradient(needs, 5, weight, x, false), dbias = gradient(needs, 6, bias, x, false);
+  Gradient db_down = gradient(needs, 7, b_down, x, false), db_c = gradient(needs, 8, b_C, x, false);
+  io.dx = dx.matrix, io.da = da.matrix, io.db = db.matrix, io.dc = dc.matrix, io.dweight = dweight.matrix;
+  io.dbias = dbias.matrix, io.db_down = db_down.matrix, io.db_c = db_c.matrix;
+  if (p.source == Source::kState) {
+    io.dstate = dcondition.matrix.data;
+  } else {
+    io.dy = dcondition.matrix;
+  }
+  device.backward(p, io);
+  return {dx.tensor,      da.tensor,    db.tensor,      dcondition.tensor, dc.tensor,
+          dweight.tensor, dbias.tensor, db_down.tensor, db_c.tensor};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> encode_backward(int64_t needs, Tensor dstate, Tensor kept, Tensor y, Tensor C,
+                                                   MaybeTensor b_C, MaybeTensor mask, int64_t routing, int64_t pool,
+                                                   int64_t scale, int64_t groups) {
+  const Device device(y);
+  const Place& place = device.place();
+  const Problem p = make_encoding(place, y, C, b_C, mask, routing, pool, scale, groups);
+  void* const gradient_of_state = place.saved_of("dstate", dstate, accumulated_type(p.dtype), state_numbers(p));
+  const Matrix saved = kept_of(place, p, kept);
+  STD_TORCH_CHECK(p.kind == StateKind::kTokens || kept.dim() == 2, "encode was called without save");
+  Gradient dy = gradient(needs, 0, y, y, true), dc = gradient(needs, 1, C, y, false),
+           db_c = gradient(needs, 2, b_C, y, false);
+  device.encode_backward(p, gradient_of_state, saved, dy.matrix, dc.matrix, db_c.matrix);
+  return {dy.tensor, dc.tensor, db_c.tensor};
+}
+
+template <class Device, class Library>
+void implement_ops(Library& m) {
+  m.impl("forward", TORCH_BOX(&forward<Device>));
+  m.impl("backward", TORCH_BOX(&backward<Device>));
+  m.impl("encode", TORCH_BOX(&encode<Device>));
+  m.impl("encode_backward", TORCH_BOX(&encode_backward<Device>));
 }
 
 }  // namespace routed_peft

@@ -16,9 +16,18 @@ class Kernels {
     check_limits(p);
     host_.check(cuda::forward(host_, p, result));
   }
+  void backward(const Problem& p, const Backward& io) const {
+    check_limits(p);
+    host_.check(cuda::backward(host_, p, io));
+  }
   void encode(const Problem& p, void* state, const Matrix& kept) const {
     check_limits(p);
     host_.check(cuda::encode(host_, p, state, kept));
+  }
+  void encode_backward(const Problem& p, const void* dstate, const Matrix& kept, const Matrix& dy, const Matrix& dc,
+                       const Matrix& db_c) const {
+    check_limits(p);
+    host_.check(cuda::encode_backward(host_, p, dstate, kept, dy, dc, db_c));
   }
 
  private:

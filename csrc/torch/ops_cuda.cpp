@@ -1,5 +1,5 @@
 // torch.ops.routed_peft.* on the GPU: the kernels on torch's current stream, with torch's memory and its matrix
-// product. The backward ops of this device are Python's (routed_peft/recompute.py).
+// product.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -89,6 +89,5 @@ class TorchGpu final : public cuda::Host {
 }  // namespace routed_peft
 
 STABLE_TORCH_LIBRARY_IMPL(routed_peft, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&routed_peft::forward<routed_peft::Kernels<routed_peft::TorchGpu>>));
-  m.impl("encode", TORCH_BOX(&routed_peft::encode<routed_peft::Kernels<routed_peft::TorchGpu>>));
+  routed_peft::implement_ops<routed_peft::Kernels<routed_peft::TorchGpu>>(m);
 }

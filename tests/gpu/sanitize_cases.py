@@ -1,7 +1,8 @@
-"""Small calls of every route, dtype and option on the GPU, for compute-sanitizer to watch (tools/gpu_check.sh).
+"""Small calls of every route, dtype and option on the GPU, forward and backward, for compute-sanitizer to watch
+(tools/gpu_check.sh).
 
-Sizes are odd so that every tile has an edge; each result is held against the definition, for a call that computes
-nothing would be clean too.
+Sizes are odd so that every tile has an edge; the output and each gradient are held against the definition, for a call
+that computes nothing would be clean too.
 """
 
 import sys
@@ -27,14 +28,11 @@ def cases() -> Iterator[Case]:
                 yield Case(routing, "state", m=9, pool="mean", batch=3, index=(1, 0, 1), dtype=dtype, **SIZES)
                 yield Case(routing, "lora", in_sequence=True, dtype=dtype, **SIZES)
                 yield Case(routing, "lora", varlen=True, batch=3, d_c=24, dtype=dtype, **SIZES)
+                yield Case(routing, "base", pool="none", m=37, d_c=24, dropout=0.3, dtype=dtype, **SIZES)
     for routing in ("none", "mul", "gram", "cross_gram"):
         for dtype in DTYPES:
             for r in (20, 50, 100, 200):  # the other padded widths, and a bottleneck of several blocks
                 yield Case(routing, "linear", n=70, m=9, d=200, out=136, r=r, dtype=dtype)
-
-
-def on(device: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def main() -> None:
@@ -42,14 +40,15 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     every, wrong = list(cases()), 0
     for case in every:
-        tensors, constant = case.tensors()
-        want = case.run({name: tensor.double() for name, tensor in tensors.items()}, constant, "reference")
-        got = case.run(on("cuda", tensors), on("cuda", constant), "cuda").cpu().double()
-        error = worst(got, want)
-        if not error < DTYPES[case.dtype]:
-            wrong += 1
-            print(f"{case}: off by {error:.1e}")
-    print(f"{len(every)} calls, {wrong} wrong")
+        want, got = case.gradients("reference", dtype=torch.float64), case.gradients("cuda")
+        for name, exact in want.items():
+            if exact is None:
+                continue
+            error = worst(got[name].double(), exact)
+            if not error < DTYPES[case.dtype]:
+                wrong += 1
+                print(f"{case}: {name} is off by {error:.1e}")
+    print(f"{len(every)} calls, {wrong} results wrong")
     sys.exit(wrong > 0)
 
 

@@ -46,8 +46,8 @@ void packs() {
       for (const Layout layout : kLayouts) {
         Tensor a(from, 5, 40, layout), b(from, 37, 3, layout), c(from, 1, 9, layout);
         for (Tensor* t : {&a, &b, &c}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
-        Tensor pa(to, 5, 40), pb(to, 37, 3), pc(to, 1, 9);
-        const cuda::PackParams params{{a, b, c}, {pa.data(), pb.data(), pc.data()}, 3, to};
+        Tensor pa(to, 5, 40), pb(to, 37, 8), pc(to, 1, 11);  // b's and c's rows wider than they are
+        const cuda::PackParams params{{a, b, c}, {pa.data(), pb.data(), pc.data()}, {40, 8, 11}, 3, to};
         emulator::reset_launches();
         in_every_mode({&pa, &pb, &pc}, [&] { CHECK(cuda::pack(params, nullptr) == cudaSuccess, "pack"); });
         CHECK(emulator::launch_count() == emulator::modes().size(), "pack launched %zu times",
@@ -61,6 +61,9 @@ void packs() {
               CHECK(get(one, 0, 0) == get(*after, i, j), "dtype %d to %d, layout %d, [%lld, %lld]", int(from), int(to),
                     int(layout), (long long)i, (long long)j);
             }
+            for (int64_t j = before->matrix().cols; j < after->matrix().cols; ++j) {
+              CHECK(get(*after, i, j) == 0, "padding [%lld, %lld]", (long long)i, (long long)j);
+            }
           }
         }
       }
@@ -68,8 +71,8 @@ void packs() {
   }
   Tensor empty(Dtype::kFloat32, 0, 4), out(Dtype::kBFloat16, 0, 4);
   emulator::reset_launches();
-  CHECK(cuda::pack({{empty}, {out.data()}, 1, Dtype::kBFloat16}, nullptr) == cudaSuccess, "nothing to pack");
-  CHECK(cuda::pack({{empty}, {out.data()}, 1, Dtype::kFloat64}, nullptr) == cudaErrorInvalidValue, "float64");
+  CHECK(cuda::pack({{empty}, {out.data()}, {4}, 1, Dtype::kBFloat16}, nullptr) == cudaSuccess, "nothing to pack");
+  CHECK(cuda::pack({{empty}, {out.data()}, {4}, 1, Dtype::kFloat64}, nullptr) == cudaErrorInvalidValue, "float64");
   CHECK(emulator::launch_count() == 0, "launched for nothing");
 }
 

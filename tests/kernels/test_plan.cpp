@@ -9,66 +9,74 @@ using plan::GramOrder;
 constexpr Routing kRoutings[] = {Routing::kNone, Routing::kAdd,      Routing::kMul,       Routing::kExpand,
                                  Routing::kGram, Routing::kGramRelu, Routing::kCrossGram, Routing::kOnes};
 
-plan::GramShape shape(double n, double m, double w, double samples = 8, double bytes = 4) {
-  return {samples, samples, n, m, w, 1, bytes};
+plan::GramShape shape(double n, double m, double w, double samples = 8) {
+  return {samples, samples, samples * n, samples * m, w};
 }
 
-// Flops alone put the forward's threshold at R = 2NM/(N+M) and the backward's at 10NM/(4N+2M); the bytes, and making S
-// again, may move both by less than a factor of 4.
+// Flops alone put the threshold at R = 2NM/(N+M); the bytes may move it by less than a factor of 4.
 void thresholds() {
   for (const double n : {16, 50, 197, 1024, 4096}) {
     for (const double m : {16, 50, 197, 576, 4096}) {
-      for (const double bytes : {2, 4, 8}) {
-        const double forward = 2 * n * m / (n + m), backward = 10 * n * m / (4 * n + 2 * m);
-        CHECK(plan::gram_forward(shape(n, m, forward / 4, 8, bytes)) == GramOrder::kMatrix, "n %g, m %g", n, m);
-        CHECK(plan::gram_forward(shape(n, m, forward * 4, 8, bytes)) == GramOrder::kTokens, "n %g, m %g", n, m);
-        CHECK(plan::gram_backward(shape(n, m, backward / 4, 8, bytes)) == GramOrder::kMatrix, "n %g, m %g", n, m);
-        CHECK(plan::gram_backward(shape(n, m, backward * 4, 8, bytes)) == GramOrder::kTokens, "n %g, m %g", n, m);
-      }
+      const double threshold = 2 * n * m / (n + m);
+      CHECK(plan::gram_order(shape(n, m, threshold / 4)) == GramOrder::kMatrix, "n %g, m %g", n, m);
+      CHECK(plan::gram_order(shape(n, m, threshold * 4)) == GramOrder::kTokens, "n %g, m %g", n, m);
     }
   }
 }
 
 void examples() {
-  for (const double bytes : {2, 4}) {
-    CHECK(plan::gram_forward(shape(1024, 576, 64, 16, bytes)) == GramOrder::kMatrix, "long inputs");
-    CHECK(plan::gram_backward(shape(1024, 576, 64, 16, bytes)) == GramOrder::kMatrix, "long inputs");
-    CHECK(plan::gram_forward(shape(32, 197, 64, 40, bytes)) == GramOrder::kTokens, "short inputs, forward");
-    CHECK(plan::gram_backward(shape(32, 197, 64, 40, bytes)) == GramOrder::kMatrix, "short inputs, backward");
-  }
-  CHECK(plan::gram_forward(shape(25, 197, 256, 512)) == GramOrder::kTokens, "134 MB of S beside 39 MB of X");
+  CHECK(plan::gram_order(shape(1024, 576, 64, 16)) == GramOrder::kMatrix, "long inputs");
+  CHECK(plan::gram_order(shape(32, 197, 64, 40)) == GramOrder::kTokens, "short inputs");
+  CHECK(plan::gram_order(shape(25, 197, 256, 512)) == GramOrder::kTokens, "134 MB of S beside 39 MB of X");
   // The cost model counts what it says: 11.5 times fewer flops for the first example.
   const plan::GramShape s = shape(1e6 * 1024, 1e6 * 576, 1e6 * 64);  // so large that bytes do not matter
-  const double ratio = plan::gram_forward_cost(s, GramOrder::kTokens) / plan::gram_forward_cost(s, GramOrder::kMatrix);
+  const double ratio = plan::gram_cost(s, GramOrder::kTokens) / plan::gram_cost(s, GramOrder::kMatrix);
   CHECK(ratio > 11.45 && ratio < 11.55, "ratio %g", ratio);
+  // Both sides of the threshold, and on it, in the whole numbers that are compared.
+  CHECK(plan::gram_order(shape(8, 64, 10, 1)) == GramOrder::kMatrix, "1040 and 2048");
+  CHECK(plan::gram_order(shape(8, 64, 19, 1)) == GramOrder::kMatrix, "1976 and 2048");
+  CHECK(plan::gram_order(shape(8, 64, 20, 1)) == GramOrder::kTokens, "2080 and 2048");
+  CHECK(plan::gram_order(shape(32, 64, 40, 1)) == GramOrder::kMatrix, "5120 and 5120");
 }
 
 void bytes_and_sharing() {
   // Just below the flop threshold of 100 the traffic of S decides.
-  CHECK(plan::gram_forward(shape(100, 100, 95)) == GramOrder::kTokens, "S is written and read for nothing");
+  CHECK(plan::gram_order(shape(100, 100, 95)) == GramOrder::kTokens, "S is written and read for nothing");
   // Samples that share a condition share its S, and read V again each.
-  plan::GramShape shared = shape(100, 100, 95);
-  shared.conditions = 1;
-  CHECK(plan::gram_forward(shared) == GramOrder::kMatrix, "one S for 8 samples");
+  const auto share = [](plan::GramShape s) {
+    s.tokens /= s.conditions;
+    s.conditions = 1;
+    return s;
+  };
+  CHECK(plan::gram_order(share(shape(100, 100, 95))) == GramOrder::kMatrix, "one S for 8 samples");
   for (const double w : {4, 16, 40, 64, 90, 120, 200}) {
     for (const double n : {1, 30, 300}) {
-      plan::GramShape own = shape(n, 64, w), grouped = own;
-      own.conditions = own.samples;
-      shared = own;
-      shared.conditions = 1;
-      grouped.groups = 3;
-      if (plan::gram_forward(own) == GramOrder::kMatrix)
-        CHECK(plan::gram_forward(shared) == GramOrder::kMatrix, "w %g", w);
-      if (plan::gram_backward(own) == GramOrder::kMatrix)
-        CHECK(plan::gram_backward(shared) == GramOrder::kMatrix, "w %g", w);
-      CHECK(plan::gram_forward(grouped) == plan::gram_forward(own), "groups change nothing for a given width, w %g", w);
-      CHECK(plan::gram_backward(grouped) == plan::gram_backward(own), "groups change nothing for a given width, w %g",
-            w);
+      const plan::GramShape own = shape(n, 64, w);
+      if (plan::gram_order(own) == GramOrder::kMatrix)
+        CHECK(plan::gram_order(share(own)) == GramOrder::kMatrix, "w %g", w);
     }
   }
-  const plan::GramShape empty{0, 0, 0, 0, 8, 1, 4};
-  CHECK(plan::gram_forward(empty) == GramOrder::kMatrix && plan::gram_backward(empty) == GramOrder::kMatrix,
-        "nothing to do");
+  CHECK(plan::gram_order(plan::GramShape{0, 0, 0, 0, 8}) == GramOrder::kMatrix, "nothing to do");
+}
+
+void orders_of_problems() {
+  Problem p;
+  p.inputs = {1, 8, nullptr};
+  p.conditions = {1, 64, nullptr};
+  p.groups = 3;
+  for (const int64_t group_width : {19, 20}) {
+    p.width = 3 * group_width;
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+      p.dtype = dtype;
+      p.source = Source::kTokens;
+      const GramOrder wanted = group_width == 19 ? GramOrder::kMatrix : GramOrder::kTokens;
+      CHECK(plan::gram_order(p) == wanted, "neither dtype nor groups matter, width %d", int(group_width));
+      for (const Source source : {Source::kInSequence, Source::kState}) {
+        p.source = source;
+        CHECK(plan::gram_order(p) == GramOrder::kMatrix, "source %d", int(source));
+      }
+    }
+  }
 }
 
 void state_kinds() {
@@ -214,6 +222,7 @@ int main() {
   thresholds();
   examples();
   bytes_and_sharing();
+  orders_of_problems();
   state_kinds();
   rank_one_table();
   splits();

@@ -146,6 +146,13 @@ RP_DEVICE void store_16(void* to, uint4 bits) {
 #endif
 }
 
+// Asks for the 128 bytes around an address of global memory to be brought into L2.
+RP_DEVICE void prefetch_to_l2([[maybe_unused]] const void* gmem) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(gmem)));
+#endif
+}
+
 // Closes the group of this thread's copies since the last.
 RP_DEVICE void cp_async_commit() {
 #ifdef __CUDACC__
@@ -163,6 +170,26 @@ RP_DEVICE void cp_async_wait() {
 #else
   emulator::Block::current().wait_for_copies(kLeft);
 #endif
+}
+
+// The same for a number known only at run time; more than six are left as six.
+RP_DEVICE void cp_async_wait_for(int left) {
+  switch (left) {
+    case 0:
+      return cp_async_wait<0>();
+    case 1:
+      return cp_async_wait<1>();
+    case 2:
+      return cp_async_wait<2>();
+    case 3:
+      return cp_async_wait<3>();
+    case 4:
+      return cp_async_wait<4>();
+    case 5:
+      return cp_async_wait<5>();
+    default:
+      return cp_async_wait<6>();
+  }
 }
 
 // A barrier of `threads` threads, whole warps; ids are 1 to 15, __syncthreads is 0.

@@ -78,6 +78,63 @@ RP_DEVICE void multiply_float(float (&acc)[kTiles][4], const float* x, int x_str
   }
 }
 
+// acc [16, 8 kTiles] += X [16, kDepth] W with W [kDepth, 8 kTiles], its rows w_stride apart, for the tiles of columns
+// from `first` to `last`, which the columns of W that are not zero lie in.
+template <class T, int kTiles, int kDepth>
+RP_DEVICE void multiply_tensor_by_rows(float (&acc)[kTiles][4], const T* x, int x_stride, const T* w, int w_stride,
+                                       int first, int last) {
+  const LanePlace at;
+  RP_UNROLL
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[4];
+    ldmatrix_x4(a, x + (at.lane % 16) * x_stride + k + at.lane / 16 * 8);
+    RP_UNROLL
+    for (int j = 0; j < kTiles; j += 2) {
+      if (j + 1 < first || j > last) continue;  // the same for the whole warp
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, w + (k + at.lane % 16) * w_stride + 8 * j + at.lane / 16 * 8);
+      if (j >= first) mma_16x8x16<T>(acc[j], a, b[0], b[1]);
+      if (j + 1 <= last) mma_16x8x16<T>(acc[j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// The same for float32, at most 64 deep.
+template <int kTiles>
+RP_DEVICE void multiply_float_by_rows(float (&acc)[kTiles][4], const float* x, int x_stride, const float* w,
+                                      int w_stride, int depth, int first, int last) {
+  constexpr int kStep = kTiles < 4 ? kTiles : 4;
+  const LanePlace at;
+  RP_UNROLL
+  for (int j = 0; j < kTiles; j += kStep) {
+    if (j + kStep - 1 < first || j > last) continue;
+    float sum[kStep][4] = {};
+    RP_NO_UNROLL
+    for (int k = 0; k < depth; k += 4) {
+      const float4 x0 = *reinterpret_cast<const float4*>(x + at.g * x_stride + k);
+      const float4 x1 = *reinterpret_cast<const float4*>(x + (at.g + 8) * x_stride + k);
+      const float low[4] = {x0.x, x0.y, x0.z, x0.w}, high[4] = {x1.x, x1.y, x1.z, x1.w};
+      RP_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        RP_UNROLL
+        for (int i = 0; i < kStep; ++i) {
+          const float2 pair = *reinterpret_cast<const float2*>(w + (k + e) * w_stride + 8 * (j + i) + 2 * at.q);
+          sum[i][0] += low[e] * pair.x;
+          sum[i][1] += low[e] * pair.y;
+          sum[i][2] += high[e] * pair.x;
+          sum[i][3] += high[e] * pair.y;
+        }
+      }
+    }
+    RP_UNROLL
+    for (int i = 0; i < kStep; ++i) {
+      if (j + i < first || j + i > last) continue;
+      RP_UNROLL
+      for (int e = 0; e < 4; ++e) acc[j + i][e] += sum[i][e];
+    }
+  }
+}
+
 // acc += X Wᵀ by TF32, from float32 in shared memory.
 template <int kTiles>
 RP_DEVICE void multiply_tf32(float (&acc)[kTiles][4], const float* x, int x_stride, const float* w, int w_stride,
@@ -99,13 +156,14 @@ RP_DEVICE float relu(float value) { return value < 0.f ? 0.f : value; }  // NaN 
 
 // A small matrix M in device memory that fragments are multiplied with: element (k, n) is data[k stride_k + n
 // stride_n]; without data it is 1.
+template <class T = float>
 struct SmallMatrix {
-  const float* data;
+  const T* data;
   int64_t stride_k, stride_n;
   bool positive;  // relu of its elements
 
   RP_DEVICE float at(int k, int n) const {
-    const float value = data != nullptr ? data[k * stride_k + n * stride_n] : 1.f;
+    const float value = data != nullptr ? to_float(data[k * stride_k + n * stride_n]) : 1.f;
     return positive ? relu(value) : value;
   }
 };
@@ -121,8 +179,8 @@ struct Region {
 //
 // k is a loop that is not unrolled over all of the width, because the code of one step is all there is to M's edges. On
 // the tensor cores (TF32) or, for full precision, on the ordinary units.
-template <bool kTensor, int kOut>
-RP_DEVICE void multiply_small(float (&z)[kOut][4], const float* t, int stride, int n0, const SmallMatrix& m,
+template <bool kTensor, int kOut, class Small>
+RP_DEVICE void multiply_small(float (&z)[kOut][4], const float* t, int stride, int n0, const Small& m,
                               const Region& region) {
   const LanePlace at;
   constexpr int kColumns = kTensor ? 1 : 2;  // of M that a lane needs of every tile

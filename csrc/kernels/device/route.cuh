@@ -129,10 +129,10 @@ RP_DEVICE void finish_t(RouteSpace<kWidth, kWarps>& space, const Team<kWarps>& t
   team.sync();
 }
 
-// Sample and row of v of each of the rows.
-template <int kWidth, int kWarps>
-RP_DEVICE void find_conditions(RouteSpace<kWidth, kWarps>& space, const Team<kWarps>& team, int64_t first_row,
-                               const RouteParams& p) {
+// Sample and row of v of each of the rows; `pairs`: each token of a state of tokens stands beside one row.
+template <class Space, int kWarps>
+RP_DEVICE void find_conditions(Space& space, const Team<kWarps>& team, int64_t first_row, const RouteParams& p,
+                               bool pairs) {
   const int i = team.thread;
   if (i < kRouteRows) {
     const int64_t row = first_row + i < p.rows ? first_row + i : p.rows - 1;
@@ -142,7 +142,7 @@ RP_DEVICE void find_conditions(RouteSpace<kWidth, kWarps>& space, const Team<kWa
       beside = space.kLost;
     } else if (p.kind == StateKind::kVector) {
       beside = condition;
-    } else if (p.kind == StateKind::kTokens && !p.by_tokens && p.routing != Routing::kCrossGram) {
+    } else if (p.kind == StateKind::kTokens && pairs) {
       const RowRange tokens = rows_of(p.conditions, condition);
       beside = tokens.begin + row - rows_of(p.inputs, sample).begin;
       if (beside < tokens.begin || beside >= tokens.end) beside = space.kLost;
@@ -154,7 +154,7 @@ RP_DEVICE void find_conditions(RouteSpace<kWidth, kWarps>& space, const Team<kWa
 }
 
 // What a sample's rows are multiplied with.
-RP_DEVICE SmallMatrix matrix_of(const RouteParams& p, int64_t sample, int64_t condition) {
+RP_DEVICE SmallMatrix<> matrix_of(const RouteParams& p, int64_t sample, int64_t condition) {
   if (p.routing == Routing::kExpand) return {nullptr, 0, 0, false};
   if (p.routing == Routing::kCrossGram && p.sums != nullptr) return {p.sums + sample * p.state_stride, 1, 0, false};
   const float* state = p.state + (p.routing == Routing::kCrossGram ? sample : condition) * p.state_stride;
@@ -194,13 +194,14 @@ RP_DEVICE void route_product(RouteSpace<kWidth, kWarps>& space, int warp, const 
           const float* v = p.state + m * p.state_stride;
           float scores[Space::kTokens / 8][4] = {};
           // the condition's tokens are the columns of the first product and the rows of the second
-          multiply_small<kTensor>(scores, space.t, Space::kStride, 0, SmallMatrix{v, 1, p.state_stride, positive},
-                                  Region{0, p.width, 0, here});
+          multiply_small<kTensor>(scores, space.t, Space::kStride, 0, SmallMatrix<>{v, 1, p.state_stride, positive},
+                                  Region{group * w, w, 0, here});
           __syncwarp();  // the last step's have been read
           store_rows(scores_at, Space::kScoreStride, scores);
           __syncwarp();
-          multiply_small<kTensor>(z, scores_at, Space::kScoreStride, n0, SmallMatrix{v, p.state_stride, 1, false},
-                                  Region{0, here, 0, p.width});
+          multiply_small<kTensor>(z, scores_at, Space::kScoreStride, n0,
+                                  SmallMatrix<>{v + group * w, p.state_stride, 1, false},
+                                  Region{0, here, group * w, w});
         }
         if (p.scale_by_tokens) {
           const int64_t valid = count_valid(p.condition_mask, tokens);
@@ -237,7 +238,7 @@ RP_DEVICE void route_tile(RouteSpace<kWidth, kWarps>& space, const Team<kWarps>&
   const bool elementwise = routing == Routing::kNone || routing == Routing::kAdd || routing == Routing::kMul;
   const bool times_v = routing == Routing::kMul || routing == Routing::kExpand ||
                        (!elementwise && p.kind == StateKind::kVector && routing != Routing::kOnes);
-  if (routing != Routing::kNone) find_conditions(space, team, first_row, p);
+  if (routing != Routing::kNone) find_conditions(space, team, first_row, p, routing != Routing::kCrossGram);
   if (routing == Routing::kGramRelu) {
     for (int i = team.thread; i < kRouteRows * kWidth; i += 32 * kWarps) {
       float& t = space.t[i / kWidth * Space::kStride + i % kWidth];
