@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import re
@@ -36,10 +37,13 @@ def _library():
         if not wrapper.exists() or wrapper.read_text() != text:
             wrapper.write_text(text)
         sources.append(str(wrapper))
-    cpp_extension.load(
-        "routed_peft_emulated", sources, extra_cflags=list(FLAGS), extra_include_paths=[str(ROOT / "csrc")],
-        build_directory=str(BUILD), is_python_module=False,
-    )  # fmt: skip
+    with open(BUILD / "mutex", "w") as mutex:
+        fcntl.flock(mutex, fcntl.LOCK_EX)
+        (BUILD / "lock").unlink(missing_ok=True)  # torch's own: a build that was killed leaves it, and all others wait
+        cpp_extension.load(
+            "routed_peft_emulated", sources, extra_cflags=list(FLAGS), extra_include_paths=[str(ROOT / "csrc")],
+            build_directory=str(BUILD), is_python_module=False,
+        )  # fmt: skip
     library = ctypes.CDLL(str(BUILD / "routed_peft_emulated.so"))
     library.routed_peft_emulated_launches.restype = ctypes.c_char_p
     library.routed_peft_emulated_options.restype = ctypes.c_bool

@@ -54,7 +54,7 @@ def check() -> None:
 
 
 class Build:
-    """The kernels as C++ for the emulator, the CPU path and the tests: objects of the source as it is, and of a mutant."""
+    """Objects of the source as it is, and of a mutant: kernels as C++ for the emulator, the CPU path and the tests."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
@@ -75,8 +75,8 @@ class Build:
 
     def compile(self, sources: list[Path], include: Path, folder: Path) -> None:
         def one(source: Path) -> None:
-            command = ["g++", *FLAGS, f"-I{include}", f"-I{ROOT / 'tests' / 'kernels'}", "-MMD", "-c", str(source), "-o",
-                       str(self.object_of(source, folder))]  # fmt: skip
+            command = ["g++", *FLAGS, f"-I{include}", f"-I{ROOT / 'tests' / 'kernels'}", "-MMD"]
+            command += ["-c", str(source), "-o", str(self.object_of(source, folder))]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{source} does not compile:\n{done.stderr[-3000:]}")
@@ -94,17 +94,31 @@ class Build:
                 found.append(kernel)
         return found
 
+    def symbols(self, source: Path, kind: str) -> set[str]:
+        """Of its object, those it defines ("T") or needs ("U")."""
+        command = ["nm", "-C", str(self.object_of(source, self.objects))]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return {line.split(f" {kind} ", 1)[1] for line in lines if f" {kind} " in line}
+
+    def tests_of(self, changed: list[str]) -> list[str]:
+        """The tests that run one of the ``changed`` kernels, a kernel's own before the whole layer's."""
+        defined = {k: self.symbols(WORK / f"{k}.cpp", "T") for k in self.kernels}
+        needed = {k: self.symbols(WORK / f"{k}.cpp", "U") for k in self.kernels}
+        used = {}
+        for test in self.tests:
+            wanted, mine = self.symbols(ROOT / "tests" / "kernels" / f"{test}.cpp", "U"), set()
+            while more := {k for k in self.kernels if k not in mine and wanted & defined[k]}:
+                mine |= more
+                wanted = wanted.union(*(needed[k] for k in more))
+            used[test] = mine
+        return sorted((t for t in self.tests if used[t] & set(changed)), key=lambda t: len(used[t]))
+
     def first_failure(self, changed: list[str], folder: Path) -> str:
         """The first test that fails with the ``changed`` kernels from ``folder``; empty if none does."""
         cpu = [self.object_of(s, self.objects) for s in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
         kernels = [self.object_of(WORK / f"{k}.cpp", folder if k in changed else self.objects) for k in self.kernels]
 
-        # the kernel's own test first, the whole layer's last
-        def rank(test: str) -> int:
-            name = test.removeprefix("test_cuda_")
-            return 0 if name in changed else 2 if name == "routed" else 1
-
-        for test in sorted(self.tests, key=rank):
+        for test in self.tests_of(changed or self.kernels):
             binary = folder / test
             object_of_test = self.object_of(ROOT / "tests" / "kernels" / f"{test}.cpp", self.objects)
             command = ["g++", "-o", str(binary), str(object_of_test), *map(str, kernels + cpu), "-lpthread"]
