@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import ConditionShapeError, MissingConditionError, RoutedPeftError
+from .errors import ConditionShapeError, MissingConditionError, RoutedPeftError, UnsupportedError
 from .state import ConditionState
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ class Delivered(NamedTuple):
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     input_mask: Tensor | None
     states: States | None = None  # where the layers keep what they encode of it, during a generation
+    recalled: bool = False  # of an earlier call with the same cache, where in-sequence rows were marked
 
     def is_empty(self) -> bool:
         """Whether there is no condition in it, only perhaps an input mask."""
-        return self.condition is None and self.mask is None and self.states is None
+        return self.condition is None and self.mask is None and self.states is None and not self.recalled
 
 
 class Held(NamedTuple):
@@ -123,15 +124,18 @@ class Slot:
         """What the innermost ``holding`` holds."""
         return getattr(self._local, "base", _NOTHING)
 
-    def enter(self, held: Held) -> None:
-        """Hold ``held`` until ``leave``; calls nest."""
+    def enter(self) -> None:
+        """Until ``leave`` what is held may change, and comes back then; calls nest."""
         local = self._local
         local.frames = (self.held(), getattr(local, "frames", None))
-        local.held = held
+
+    def hold(self, held: Held) -> None:
+        """Hold ``held`` for the rest of the call that was entered last."""
+        self._local.held = held
 
     def fill(self, value: Delivered) -> None:
-        """Hold a tapped ``value`` for the rest of the call that was entered last."""
-        self._local.held = Held(value, running_backward())
+        """``hold`` a tapped ``value``."""
+        self.hold(Held(value, running_backward()))
 
     def leave(self) -> None:
         """Hold what was held before the last ``enter``."""
@@ -277,13 +281,78 @@ def _is_source(source: weakref.ref[Any] | None, tensor: Any) -> bool:
 class Memory:
     """What a key/value cache remembers for one slot: the condition its prompt had.
 
-    It lives and dies with the cache, so two generations that take turns keep apart.
+    It lives and dies with the cache, so two generations that take turns keep apart, and follows what is done to the
+    cache (``_Followed``): other rows have the condition of the rows that they were, and a cache that lost marked tokens
+    has lost their condition.
     """
 
     def __init__(self) -> None:
         self.tapped: Delivered | None = None  # what a tap delivered for the prompt
+        self.version: int | None = None
         self._sources: tuple[Any, ...] = ()
         self._states = States()
+        self.start_over(0)
+
+    def start_over(self, batch: int, marked: Tensor | None = None, start: int = 0) -> None:
+        """The condition to remember from now on is that of ``batch`` rows, and made of the tokens that ``marked``
+        [batch, N] marks from position ``start`` of the cache on, if given."""
+        self._batch, self._marked, self._start = batch, marked, start
+        self._rows: Tensor | None = None  # which of the first rows each row of the cache is; None if they never moved
+        self._lost = False
+
+    def remember(self, value: Delivered, batch: int, marked: Tensor | None, version: int | None = None) -> None:
+        """``start_over`` with what a tap delivered, and perhaps the version of the tensor it made that from."""
+        self.tapped, self.version = value, version
+        self.start_over(batch, marked)
+
+    def forget(self) -> None:
+        """There is nothing to recall, nor to follow."""
+        self.tapped = None
+        self.start_over(0)
+
+    def recall(self, of: str) -> Delivered:
+        """The tapped value, for a call with the cache as it is now. ``of`` says in errors whose condition it is.
+
+        Raises:
+            UnsupportedError: marked tokens are no longer in the cache.
+        """
+        assert self.tapped is not None
+        y, mask, index, _, _, _ = self.tapped
+        conditions = self._batch if y is None or isinstance(y, ConditionState) else y.shape[0]
+        return self.tapped._replace(
+            # In sequence the marked rows were in the earlier call, and the layers kept their states.
+            mask=None if y is None else mask, index=self.rows(of, index, conditions), recalled=True,
+        )  # fmt: skip
+
+    def rows(self, of: str, index: Tensor | None, conditions: int) -> Tensor | None:
+        """Which of ``conditions`` each row of the cache uses, if ``index`` says so for the rows of the prompt.
+
+        Raises:
+            UnsupportedError: as ``recall``.
+        """
+        if self._lost:
+            raise UnsupportedError(
+                f"{of}: the cache was cropped, and tokens that the condition was made of are gone; start with a new one"
+            )
+        if self._rows is None:
+            return index
+        return self._rows // (self._batch // max(conditions, 1)) if index is None else index[self._rows]
+
+    def follow(self, method: str, argument: Any, length: int) -> None:
+        """``method`` was called on the cache with ``argument``; it holds ``length`` tokens now."""
+        if not self._batch:
+            return
+        if method == "crop":
+            if self._marked is not None and length < self._start + self._marked.shape[1]:
+                self._lost = self._lost or bool(self._marked[:, max(length - self._start, 0) :].any())
+            return
+        if self._rows is None:
+            device = argument.device if isinstance(argument, Tensor) else None
+            self._rows = torch.arange(self._batch, device=device)
+        if method == "batch_repeat_interleave":
+            self._rows = self._rows.repeat_interleave(argument)
+        else:
+            self._rows = self._rows[argument]
 
     def states_for(
         self, *tensors: Tensor | ConditionState | None, fresh: bool, owned: bool = False
@@ -317,12 +386,42 @@ class _Memories:
         return _Memories, ()
 
 
+class _Followed:
+    """A cache's method that moves its rows or drops tokens: what the cache remembers follows.
+
+    An object and not a closure, so that a copied or pickled cache gets its own.
+    """
+
+    METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop")
+
+    def __init__(self, cache: Any, name: str) -> None:
+        # Weak, so that a cache, which may be large, is freed with its last user and not by a garbage collection.
+        self.cache, self.__name__ = weakref.ref(cache), name  # transformers asks its methods for their names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the cache's method would have returned."""
+        cache = self.cache()
+        if cache is None:
+            raise RoutedPeftError(f"{self.__name__} of a shallow copy of a cache that is gone; copy.deepcopy caches")
+        out = getattr(type(cache), self.__name__)(cache, *args, **kwargs)
+        length = int(cache.get_seq_length()) if self.__name__ == "crop" else 0
+        for memory in cache._routed_peft.by_slot.values():
+            memory.follow(self.__name__, next(iter((*args, *kwargs.values()))), length)
+        return out
+
+    def __reduce__(self) -> tuple[type[_Followed], tuple[Any, str]]:
+        return _Followed, (self.cache(), self.__name__)
+
+
 def memory_of(cache: Any, slot: Slot) -> Memory | None:
     """What ``cache`` (a transformers Cache) remembers for ``slot``; None if there is no such cache."""
     if not hasattr(cache, "get_seq_length"):
         return None
-    memories = cache.__dict__.setdefault("_routed_peft", _Memories())
-    return memories.by_slot.setdefault(slot, Memory())  # type: ignore[no-any-return]
+    own = cache.__dict__
+    if "_routed_peft" not in own:
+        own["_routed_peft"] = _Memories()
+        own.update({name: _Followed(cache, name) for name in _Followed.METHODS if hasattr(type(cache), name)})
+    return own["_routed_peft"].by_slot.setdefault(slot, Memory())  # type: ignore[no-any-return]
 
 
 def is_empty(cache: Any) -> bool:
@@ -338,11 +437,18 @@ def with_states(value: Delivered, cache: Any, slot: Slot) -> Delivered:
     memory = None if torch.compiler.is_compiling() else memory_of(cache, slot)
     if memory is None or (value.condition is None and value.mask is None):
         return value
-    in_sequence = value.condition is None
-    states, met = memory.states_for(value.condition, value.mask, fresh=in_sequence and is_empty(cache))
-    if met and in_sequence:
-        value = value._replace(mask=None)  # the marked rows were in an earlier call
-    return value._replace(states=states)
+    if value.condition is not None:  # which row has which condition is said in each call
+        if memory.tapped is None:
+            memory.forget()
+        return value._replace(states=memory.states_for(value.condition, value.mask, fresh=False)[0])
+    assert value.mask is not None
+    start = 0 if cache is None else int(cache.get_seq_length())
+    states, met = memory.states_for(None, value.mask, fresh=start == 0)
+    if not met:
+        memory.start_over(value.mask.shape[0], value.mask, start)
+        return value._replace(states=states)
+    index = memory.rows("routed_condition_mask", None, value.mask.shape[0])
+    return value._replace(mask=None, index=index, states=states, recalled=True)  # the rows were in an earlier call
 
 
 # ------------------------------------------------------------------------------------------------ the call's keywords
@@ -370,6 +476,8 @@ class CallKeywords:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook: what was given holds for this call; nothing given is what a ``with`` around it gives."""
+        within = self.inner and self.slot.in_call()
+        self.slot.enter()  # first: ``after`` leaves what this enters, whatever is raised here
         y, mask, index, input_mask = (kwargs.get(name) for name in KEYWORDS)
         kwargs = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
         if not (y is None or isinstance(y, (Tensor, ConditionState))):
@@ -377,7 +485,7 @@ class CallKeywords:
         if index is not None and y is None:
             raise ConditionShapeError("routed_condition_index goes with routed_condition, which was not given")
         # Not what the slot holds: a call that broke off under torch.compile, which drops hooks on errors, leaves that.
-        held = self.slot.held() if self.inner and self.slot.in_call() else self.slot.base()
+        held = self.slot.held() if within else self.slot.base()
         if y is not None or mask is not None:
             held = Held(Delivered(y, mask, index, input_mask), running_backward(), explicit=True)
         elif input_mask is not None:
@@ -387,7 +495,7 @@ class CallKeywords:
             held = held._replace(value=with_states(held.value, kwargs.get("past_key_values"), self.slot))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             bind_checkpoints(module, slots_of(module))  # enabled again since, perhaps (Trainer does that)
-        self.slot.enter(held)
+        self.slot.hold(held)
         return args, kwargs
 
     def after(self, module: nn.Module, args: Any, out: Any) -> None:

@@ -61,8 +61,14 @@ class RoutedLayer(nn.Module):
             return self._own(Delivered(condition, mask, index, input_mask))
         slot = self.slot.read(self.label) if self.slot is not None else None
         if slot is not None and slot.states is not None:
-            slot = self._remembered(x, slot)
-            in_sequence = in_sequence and slot.condition is None
+            given, slot = slot, self._remembered(x, slot)
+            in_sequence = in_sequence and slot.condition is given.condition  # else there is a state of its rows
+        if in_sequence and slot is not None and slot.recalled:
+            raise UnsupportedError(
+                f"{self.label}: the marked rows of its in-sequence condition were in an earlier call with this cache, "
+                "and no state of them can be used now: it is kept by a call without gradients and outside of "
+                "torch.compile, for one of the same dtype; run the whole sequence without a cache"
+            )
         if slot is not None and (slot.mask if in_sequence else slot.condition) is not None:
             if mask is not None or index is not None:
                 raise ConditionShapeError(
@@ -302,7 +308,7 @@ class RoutedLoRA(RoutedLayer):
         if given is None and self.missing == "base":
             return self._touch(self.base_layer(x), self.lora_A, self.lora_B, self.condition_A)
         routing = self.routing if given is not None else "none"
-        y, mask, index, valid, _ = given if given is not None else Delivered(None, None, None, None)
+        y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
         p = self.lora_dropout if self.training else 0.0
         condition_p = self.condition_dropout if self.training and self.condition_dropout is not None else p
         options: dict[str, Any] = dict(
@@ -506,7 +512,7 @@ class RoutedAdapter(RoutedLayer):
         if given is None and self.missing == "base":
             return self._touch(x if self.residual else torch.zeros_like(x), *self.parameters(recurse=False))
         routing = self.routing if given is not None else "none"
-        y, mask, index, valid, _ = given if given is not None else Delivered(None, None, None, None)
+        y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
         assert self.down is not None and self.up is not None
         out = functional.apply(
             self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
