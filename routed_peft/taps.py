@@ -323,21 +323,30 @@ class DecoderTap(Tap):
                 f"the tap at '{self.path}' needs an encoder attention mask [batch, tokens], got {tuple(mask.shape)}"
             )
         cache = kwargs.get("past_key_values")
-        memory = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else memory_of(cache, self.slot)
-        if memory is None:
+        if memory_of(cache, self.slot) is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.slot.fill(self._delivered(y, _as_bool(mask), None))
-            return
+        else:
+            self.slot.fill(self._with_input_mask(self._kept(y, mask, cache, args, kwargs)))
+
+    def _kept(self, y: Tensor, mask: Tensor | None, cache: Any, args: Any, kwargs: Mapping[str, Any]) -> Delivered:
+        """The condition for a call with ``cache``, which keeps its states."""
+        memory = memory_of(cache, self.slot)
+        assert memory is not None
         # Owned: if somebody wrote the states between two steps, the cross-attention would not see it either.
         fresh = is_empty(cache) or memory.tapped is None or _is_written(mask, memory.version, memory.tapped.mask)
         states, met = memory.states_for(y, mask, fresh=fresh, owned=True)
         if not met:  # one mask for all steps: it is part of the key
             version = None if mask is None or mask.is_inference() else mask._version
-            value = self._delivered(y, _as_bool(mask), states)
-            memory.remember(value, _batch_of(args, kwargs), None, version)
-        self.slot.fill(self._with_input_mask(memory.recall(f"the tap at '{self.path}'")))
+            memory.remember(self._delivered(y, _as_bool(mask), states), _batch_of(args, kwargs), None, version)
+        return memory.recall(f"the tap at '{self.path}'")
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
-        """The decoder is done."""
+        """Watch a cache that the decoder made, too."""
+        cache, held = getattr(out, "past_key_values", None), self.slot.held()
+        y, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if held.tapped and kwargs.get("past_key_values") is None and hasattr(cache, "get_seq_length"):
+            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                self._kept(y, mask, cache, args, kwargs)
         self.slot.leave()
 
 
@@ -369,8 +378,49 @@ class OutputTap(Tap):
         self._around(self.model, self.before, self.after)
 
     def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Deliver what the cache remembers."""
-        self._recall(self._call(args, kwargs).get("past_key_values"))
+        """Deliver what came before the call, in a generate, else what the cache remembers."""
+        found, self.slot.arrival = self.slot.arrival, None
+        cache = self._call(args, kwargs).get("past_key_values")
+        self._recall(cache)
+        if found is not None:
+            rows, batch = found.shape[0], _batch_of(args, kwargs)
+            self._deliver(found, batch // rows if rows and batch % rows == 0 else 1)  # beams: rows in a row for each
+
+    def tap(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Deliver the output; outside of a call of the model and of generate there is nobody to deliver it to."""
+        in_call = self.slot.in_call()
+        if self.slot.held().explicit or not (in_call or self.slot.in_generation()):
+            return
+        y = getattr(out, "last_hidden_state", out[0] if isinstance(out, tuple) else out)
+        if not isinstance(y, Tensor) or y.dim() not in (2, 3):
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(out).__name__
+            raise ConditionShapeError(
+                f"the output of '{self.path}' must be [batch, tokens, features] or [batch, features] to be a "
+                f"condition, got {shape}"
+            )
+        if in_call:
+            self._deliver(y, 1)
+        elif self.slot.arrival is not None:
+            self._refuse_second()
+        else:
+            self.slot.arrival = y
+
+    def _deliver(self, y: Tensor, times: int) -> None:
+        held = self.slot.held()
+        if held.explicit:
+            return
+        if held.tapped and held.value is not None:
+            (self._refuse_late if held.value.recalled else self._refuse_second)()
+        # An index names each row, so that k texts for each image raise: they are no beams, and need not lie in order.
+        rows = torch.arange(y.shape[0], device=y.device).repeat_interleave(times)
+        states = States(owned=True) if self.generates and not torch.is_grad_enabled() else None
+        self.slot.fill(self._delivered(y, None, states)._replace(index=rows))
+
+    def _refuse_second(self) -> None:
+        raise UnsupportedError(
+            f"the module of the tap, '{self.path}', ran twice in one call, and which output is the condition is "
+            "unknown; pass routed_condition"
+        )
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """Let the cache remember, the given one or the one that the call made."""
@@ -379,30 +429,6 @@ class OutputTap(Tap):
 
     def _call(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
-
-    def tap(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Deliver the output; outside of a call of the model there is nobody to deliver it to."""
-        held = self.slot.held()
-        if held.explicit or not self.slot.in_call():
-            return
-        if held.tapped:
-            if held.value is not None and held.value.recalled:
-                self._refuse_late()
-            raise UnsupportedError(
-                f"the module of the tap, '{self.path}', ran twice in one call, and which output is the condition is "
-                "unknown; pass routed_condition"
-            )
-        y = getattr(out, "last_hidden_state", out[0] if isinstance(out, tuple) else out)
-        if not isinstance(y, Tensor) or y.dim() not in (2, 3):
-            shape = tuple(y.shape) if isinstance(y, Tensor) else type(out).__name__
-            raise ConditionShapeError(
-                f"the output of '{self.path}' must be [batch, tokens, features] or [batch, features] to be a "
-                f"condition, got {shape}"
-            )
-        # An index names each row, so that k texts for each image raise: they are no beams, and need not lie in order.
-        rows = torch.arange(y.shape[0], device=y.device)
-        states = States(owned=True) if self.generates and not torch.is_grad_enabled() else None
-        self.slot.fill(self._delivered(y, None, states)._replace(index=rows))
 
 
 def _has(model: nn.Module, path: str) -> bool:
