@@ -438,8 +438,6 @@ def with_states(value: Delivered, cache: Any, slot: Slot) -> Delivered:
     if memory is None or (value.condition is None and value.mask is None):
         return value
     if value.condition is not None:  # which row has which condition is said in each call
-        if memory.tapped is None:
-            memory.forget()
         return value._replace(states=memory.states_for(value.condition, value.mask, fresh=False)[0])
     assert value.mask is not None
     start = 0 if cache is None else int(cache.get_seq_length())

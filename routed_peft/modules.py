@@ -176,7 +176,9 @@ class RoutedLoRA(RoutedLayer):
         use_rslora: see ``lora_alpha``.
         out_slices: (start, stop) of each output slice to adapt, for a fused qkv; None adapts the whole output.
         route_across_slices: route all slices' bottlenecks as one, as the published GPT-2 path does.
-        missing: without a condition "error" raises, "base" runs the frozen layer, "lora" routes nothing (Z = T).
+        missing: in a call without a condition "error" raises, "base" runs the frozen layer, "lora" routes nothing
+            (Z = T). A sample of a batch that has no valid condition token in it is no such call: its V is 0, so ``add``
+            routes nothing for it, and the other routes leave it the frozen layer.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Parameters (float32 for a float16, bfloat16 or quantised base): ``lora_A`` [R, in], R = r · number of slices;

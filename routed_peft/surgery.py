@@ -153,19 +153,28 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
         if id(module) not in layers:
             layers[id(module)] = _build(model, name, module, config, slot)
 
+    if found is not None and not found.in_sequence and config.routing != "none":
+        _check_width(found, {name: layers[id(module)] for name, module in chosen.items()})
+
     before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    model.requires_grad_(False)
-    for name in saved:
-        for p in model.get_submodule(name).parameters():
-            p.requires_grad_(p.is_floating_point())
-    for name, module in chosen.items():
-        model.set_submodule(name, layers[id(module)])
-    if found is not None:
-        found.install(slot)
-    keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
-    keywords += [CallKeywords(part, slot, inner=True) for part in _called_by_generate(model)]
     report = AttachReport(list(chosen), skipped, None if found is None else found.description)
-    model._routed_peft = _Attached(config, report, saved, before, keywords, found)  # type: ignore[assignment]
+    record = _Attached(config, report, saved, before, [], found)
+    model._routed_peft = record  # type: ignore[assignment]
+    try:
+        if found is not None:
+            found.install(slot)
+        record.keywords.append(CallKeywords(model, slot))  # after the tap's hooks, whose calls lie within
+        for part in _called_by_generate(model):
+            record.keywords.append(CallKeywords(part, slot, inner=True))
+        model.requires_grad_(False)
+        for name in saved:
+            for p in model.get_submodule(name).parameters():
+                p.requires_grad_(p.is_floating_point())
+        for name, module in chosen.items():
+            model.set_submodule(name, layers[id(module)])
+    except BaseException:
+        detach(model)
+        raise
     return report
 
 
@@ -263,6 +272,23 @@ def _build(model: nn.Module, name: str, module: nn.Module, config: RoutedConfig,
     routed.name, routed.slot = name, slot
     layer.training = routed.training = module.training
     return layer
+
+
+def _check_width(tap: Tap, layers: dict[str, nn.Module]) -> None:
+    """Raise if the condition that ``tap`` delivers is of another width than ``layers`` take."""
+    width, others = tap.width, {}
+    for name, layer in layers.items():
+        routed = layer.adapter if isinstance(layer, AdaptedModule) else layer
+        assert isinstance(routed, RoutedLayer)
+        takes = routed._projection()[0].shape[1]
+        if width is not None and takes != width:
+            others[name] = takes
+    if others:
+        raise ConditionShapeError(
+            f"the condition, {tap.description}, has {width} features, and {len(others)} of {len(layers)} layers take "
+            f"another width: {_few(f'{name} ({takes})' for name, takes in others.items())}; "
+            f"condition_features={width} gives every layer a projection of its own for it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -116,6 +116,11 @@ class Tap:
         """For the report of attach: kind and place."""
         raise NotImplementedError
 
+    @property
+    def width(self) -> int | None:
+        """Features of the condition, where the model says so before it runs."""
+        return None
+
     def reaches(self, name: str) -> bool:
         """Whether the layer at this path runs while the tapped condition is there."""
         return name.startswith(self.path + ".")
@@ -180,6 +185,12 @@ class Tap:
 
 class LanguageModelTap(Tap):
     """At a language model that generates: what its prompt was given stays with the key/value cache."""
+
+    @property
+    def width(self) -> int | None:
+        """The language model's own, which images are projected to."""
+        config: Any = self.model.config
+        return _width_in(config.get_text_config())
 
     def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
         """The condition and the mask that this call brings, or None."""
@@ -304,6 +315,12 @@ class DecoderTap(Tap):
     """At the decoder of an encoder-decoder: the encoder's states [B, M, d] and attention mask [B, M]."""
 
     @property
+    def width(self) -> int | None:
+        """One for encoder and decoder, in the models that are known."""
+        config: Any = self.model.config
+        return _width_in(config) if config.model_type in _PRESETS else None
+
+    @property
     def description(self) -> str:
         """Kind and place."""
         return f"encoder states at '{self.path}'"
@@ -361,6 +378,15 @@ class OutputTap(Tap):
         self.names = list(inspect.signature(model.forward).parameters)
         can_generate: Any = getattr(model, "can_generate", None)
         self.generates = bool(can_generate is not None and can_generate())
+
+    @property
+    def width(self) -> int | None:
+        """Of a linear layer, or of a vision model that is known."""
+        out = getattr(self.model.get_submodule(self.path), "out_features", None)
+        config: Any = getattr(self.model, "config", None)
+        if _PRESETS.get(getattr(config, "model_type", "")) == ("output", self.path.rpartition(".")[2]):
+            return _width_in(config.vision_config)
+        return out if isinstance(out, int) else None
 
     @property
     def description(self) -> str:
@@ -444,6 +470,11 @@ def _is_image(name: str, value: Any) -> bool:
     if not (name.startswith("pixel_values") or name in _IMAGES):
         return False
     return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
+
+
+def _width_in(config: Any) -> int | None:
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None
 
 
 def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:

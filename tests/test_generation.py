@@ -470,7 +470,13 @@ def prefilled(model, batch):
 
 @pytest.mark.parametrize(
     "make, tap, options",
-    [(llava, "auto", {}), (llava, "auto", IN_SEQUENCE), (llava, PROJECTOR, {}), (bart, "auto", {}), (blip2, "auto", {})],
+    [
+        (llava, "auto", {}),
+        (llava, "auto", IN_SEQUENCE),
+        (llava, PROJECTOR, {}),
+        (bart, "auto", {}),
+        (blip2, "auto", {}),
+    ],
 )
 def test_the_rows_of_a_cache_take_their_condition_along(make, tap, options):
     model = language_model(make, tap, **options)
