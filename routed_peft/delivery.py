@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConditionShapeError, MissingConditionError, RoutedPeftError, UnsupportedError
+from .functional import compute_dtype
 from .state import ConditionState
 
 if TYPE_CHECKING:
+    from .joint import Handed, JointLayers, Part
     from .modules import RoutedLayer
 
 
@@ -40,6 +42,7 @@ class Delivered(NamedTuple):
     input_mask: Tensor | None
     states: States | None = None  # where the layers keep what they encode of it, during a generation
     recalled: bool = False  # of an earlier call with the same cache, where in-sequence rows were marked
+    joint: Handed | None = None  # the layers' states of it, projected together
 
     def is_empty(self) -> bool:
         """Whether there is no condition in it, only perhaps an input mask."""
@@ -302,7 +305,7 @@ class Memory:
 
     def remember(self, value: Delivered, batch: int, marked: Tensor | None, version: int | None = None) -> None:
         """``start_over`` with what a tap delivered, and perhaps the version of the tensor it made that from."""
-        self.tapped, self.version = value, version
+        self.tapped, self.version = value._replace(joint=None), version  # that is of one call
         self.start_over(batch, marked)
 
     def forget(self) -> None:
@@ -317,7 +320,7 @@ class Memory:
             UnsupportedError: marked tokens are no longer in the cache.
         """
         assert self.tapped is not None
-        y, mask, index, _, _, _ = self.tapped
+        y, mask, index, *_ = self.tapped
         conditions = self._batch if y is None or isinstance(y, ConditionState) else y.shape[0]
         return self.tapped._replace(
             # In sequence the marked rows were in the earlier call, and the layers kept their states.
@@ -461,8 +464,8 @@ class CallKeywords:
     ``forward`` works, whether it was made before or comes later.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, inner: bool = False) -> None:
-        self.module, self.slot = module, slot
+    def __init__(self, module: nn.Module, slot: Slot, joint: JointLayers | None = None, inner: bool = False) -> None:
+        self.module, self.slot, self.joint = module, slot, joint
         self.inner = inner  # a part of the model: a call of the whole that surrounds it goes on
         self.handles = [
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
@@ -490,7 +493,10 @@ class CallKeywords:
             value = held.value or Delivered(None, None, None, None)
             held = held._replace(value=value._replace(input_mask=input_mask))
         if held.explicit and held.value is not None:
-            held = held._replace(value=with_states(held.value, kwargs.get("past_key_values"), self.slot))
+            value = with_states(held.value, kwargs.get("past_key_values"), self.slot)
+            if self.joint is not None and value.joint is None:
+                value = self.joint.begin(value)
+            held = held._replace(value=value)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             bind_checkpoints(module, slots_of(module))  # enabled again since, perhaps (Trainer does that)
         self.slot.hold(held)
@@ -631,15 +637,20 @@ class BoundCheckpoint:
         if torch.compiler.is_compiling():  # the tracer refuses the slot's side effects, and its graph has y as an input
             return self.function(run, *args, **kwargs)
         # A slot filled before the running backward says nothing about this recomputation: the layers shall refuse it.
-        taken = [(slot, slot.value()) for slot in self.slots if not slot.outlived()]
+        taken = [
+            (slot, value, _joint_parts(value, args))
+            for slot, value in ((slot, slot.value()) for slot in self.slots if not slot.outlived())
+        ]
 
         def bound(*inputs: Any, **keywords: Any) -> Any:
+            rest = iter(inputs)
             with ExitStack() as stack:
-                for (slot, value), tensor in zip(taken, inputs, strict=False):
-                    stack.enter_context(slot.holding(_with_tensor(value, tensor)))
-                return run(*inputs[len(taken) :], **keywords)
+                for slot, value, parts in taken:
+                    stack.enter_context(slot.holding(_with_tensors(value, parts, rest)))
+                return run(*rest, **keywords)
 
-        return self.function(bound, *(_tensor_of(value) for _, value in taken), *args, **kwargs)
+        tensors = [t for _, value, parts in taken for t in (_tensor_of(value), *(part.tensor for part in parts))]
+        return self.function(bound, *tensors, *args, **kwargs)
 
 
 def bind_checkpoints(model: nn.Module, slots: list[Slot]) -> None:
@@ -667,11 +678,23 @@ def _tensor_of(value: Delivered | None) -> Tensor | None:
     return y.tensor if isinstance(y, ConditionState) else y
 
 
-def _with_tensor(value: Delivered | None, tensor: Tensor | None) -> Delivered | None:
-    """``value`` with the tensor that the checkpointed function was given in place of its own."""
-    if value is None or tensor is None:
-        return value
-    y = value.condition
-    return value._replace(
-        condition=ConditionState(y.routing, tensor, y.versions) if isinstance(y, ConditionState) else tensor
-    )
+def _joint_parts(value: Delivered | None, args: Sequence[Any]) -> Sequence[Part]:
+    """What was made of the condition for all layers, in the dtype that layers compute in which are given ``args``."""
+    given = next((arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()), None)
+    return [] if value is None or value.joint is None or given is None else value.joint.parts(compute_dtype(given))
+
+
+def _with_tensors(value: Delivered | None, parts: Sequence[Part], tensors: Iterator[Tensor | None]) -> Delivered | None:
+    """``value`` with the next of the tensors that the checkpointed function was given, in place of its own."""
+    tensor = next(tensors)
+    if value is None:
+        return None
+    if tensor is not None:
+        y = value.condition
+        state = ConditionState(y.routing, tensor, y.versions) if isinstance(y, ConditionState) else None
+        value = value._replace(condition=tensor if state is None else state)
+    if value.joint is not None:
+        value = value._replace(
+            joint=value.joint.handed(parts, [t for _, t in zip(parts, tensors, strict=False) if t is not None])
+        )
+    return value

@@ -63,6 +63,8 @@ class RoutedLayer(nn.Module):
         if slot is not None and slot.states is not None:
             given, slot = slot, self._remembered(x, slot)
             in_sequence = in_sequence and slot.condition is given.condition  # else there is a state of its rows
+        if slot is not None:
+            slot = self._joined(x, slot)
         if in_sequence and slot is not None and slot.recalled:
             raise UnsupportedError(
                 f"{self.label}: the marked rows of its in-sequence condition were in an earlier call with this cache, "
@@ -115,10 +117,19 @@ class RoutedLayer(nn.Module):
         state = given.states.find(self, key)
         if state is None:
             try:
-                state = given.states.keep(self, key, self._encode(y.to(dtype), mask))
+                joint = None if given.joint is None else given.joint.state_of(self, dtype)
+                state = given.states.keep(self, key, self._encode(y.to(dtype), mask) if joint is None else joint)
             except ConditionShapeError:
                 return given  # for the call itself to refuse, which knows its input too
         return given._replace(condition=state, mask=None)
+
+    def _joined(self, x: Tensor, given: Delivered) -> Delivered:
+        """``given`` with this layer's part of what was made of the condition for all layers, if there is one."""
+        joint = given.joint
+        if joint is None or not isinstance(given.condition, Tensor) or torch.compiler.is_compiling():
+            return given
+        state = joint.state_of(self, functional.compute_dtype(x))
+        return given if state is None else given._replace(condition=state, mask=None)
 
     def _own(self, given: Delivered) -> Delivered:
         """``given``, unless it holds a state of another layer, which may well have the right shape."""
@@ -142,6 +153,10 @@ class RoutedLayer(nn.Module):
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         """What projects the condition: the matrix, its bias, and how many output slices route on their own."""
+        raise NotImplementedError
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition, as the layer runs now."""
         raise NotImplementedError
 
     def _encode(self, condition: Tensor, mask: Tensor | None) -> ConditionState:
@@ -312,10 +327,9 @@ class RoutedLoRA(RoutedLayer):
         routing = self.routing if given is not None else "none"
         y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
         p = self.lora_dropout if self.training else 0.0
-        condition_p = self.condition_dropout if self.training and self.condition_dropout is not None else p
         options: dict[str, Any] = dict(
             routing=routing, scaling=self.scaling, mask=mask, index=index, input_mask=valid, pool=self.condition_pool,
-            scale=self.condition_scale, dropout_p=p, condition_dropout_p=condition_p, out_slices=self.out_slices,
+            scale=self.condition_scale, dropout_p=p, condition_dropout_p=self.condition_p(), out_slices=self.out_slices,
             route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
             condition_cu_seqlens=condition_cu_seqlens, backend=self.backend,
         )  # fmt: skip
@@ -347,6 +361,11 @@ class RoutedLoRA(RoutedLayer):
                 f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
             )
         return self._encode(condition, condition_mask)
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition: none in eval mode, the input's if it has none of its own."""
+        p = self.lora_dropout if self.condition_dropout is None else self.condition_dropout
+        return p if self.training else 0.0
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         return (self.lora_A if self.condition_A is None else self.condition_A), None, self.groups
@@ -520,13 +539,17 @@ class RoutedAdapter(RoutedLayer):
             self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
             b_C=self.condition_bias, routing=routing, scaling=1.0, activation=self.activation, residual=self.residual,
             mask=mask, index=index, input_mask=valid, pool=self.condition_pool, scale=self.condition_scale,
-            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+            dropout_p=self.condition_p(), backend=self.backend,
         )  # fmt: skip
         return out if given is not None else self._touch(out, self.condition_down, self.condition_bias)
 
     def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
         """Encode a condition y [B, M, d_c] or [B, d_c] once, for many calls of this layer."""
         return self._encode(condition, condition_mask)
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition: none in eval mode."""
+        return self.dropout if self.training else 0.0
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         if self.condition_down is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .delivery import Delivered, Slot, States, bind_checkpoints, is_empty, memory_of
 from .errors import ConditionShapeError, RoutedPeftError, UnsupportedError
+from .joint import JointLayers
 from .state import ConditionState
 
 AUTO = "auto"
@@ -110,6 +111,7 @@ class Tap:
         self.model, self.path, self.in_sequence = model, path, in_sequence
         self.handles: list[Any] = []
         self.slot = Slot()
+        self.joint: JointLayers | None = None
 
     @property
     def description(self) -> str:
@@ -125,9 +127,9 @@ class Tap:
         """Whether the layer at this path runs while the tapped condition is there."""
         return name.startswith(self.path + ".")
 
-    def install(self, slot: Slot) -> None:
-        """Hook the model; the condition goes to ``slot``."""
-        self.slot = slot
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
+        """Hook the model; the condition goes to ``slot``, projected for the ``joint`` layers together if given."""
+        self.slot, self.joint = slot, joint
 
     def remove(self) -> None:
         """Undo ``install``."""
@@ -148,6 +150,9 @@ class Tap:
         self.slot.enter()
         return not self.slot.held().explicit
 
+    def _fill(self, value: Delivered) -> None:
+        self.slot.fill(value if self.joint is None else self.joint.begin(value))
+
     def _delivered(self, y: Tensor | ConditionState | None, mask: Tensor | None, states: States | None) -> Delivered:
         return self._with_input_mask(Delivered(y, mask, None, None, states))
 
@@ -164,7 +169,7 @@ class Tap:
         if is_empty(cache):
             memory.forget()
         elif not self.slot.held().explicit:
-            self.slot.fill(self._with_input_mask(memory.recall(f"the tap at '{self.path}'")))
+            self._fill(self._with_input_mask(memory.recall(f"the tap at '{self.path}'")))
 
     def _remember(self, cache: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Let ``cache`` remember what was tapped in this call."""
@@ -207,7 +212,7 @@ class LanguageModelTap(Tap):
             return
         if not is_empty(cache):
             self._refuse_late()
-        self.slot.fill(self._delivered(*found, None if torch.is_grad_enabled() else States(owned=True)))
+        self._fill(self._delivered(*found, None if torch.is_grad_enabled() else States(owned=True)))
         self._remember(cache, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
@@ -234,9 +239,9 @@ class EntryTap(LanguageModelTap):
         """Kind and place."""
         return f"image tokens at the entry of '{self.path}'"
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the language model, and the model around it, which knows the tokens."""
-        super().install(slot)
+        super().install(slot, joint)
         self._around(self._parent(), self.arrive, self.depart)
         self._around(self.model.get_submodule(self.path), self.before, self.after)
 
@@ -289,9 +294,9 @@ class ProjectionTap(LanguageModelTap):
         """The language model's layers alone."""
         return name.startswith(self.entry + ".")
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the projection and the language model."""
-        super().install(slot)
+        super().install(slot, joint)
         language_model = self.model.get_submodule(self.entry)
         self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.project))
         self._around(language_model, self.before, self.after)
@@ -325,9 +330,9 @@ class DecoderTap(Tap):
         """Kind and place."""
         return f"encoder states at '{self.path}'"
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the decoder."""
-        super().install(slot)
+        super().install(slot, joint)
         self._around(self.model.get_submodule(self.path), self.before, self.after)
 
     def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -341,9 +346,9 @@ class DecoderTap(Tap):
             )
         cache = kwargs.get("past_key_values")
         if memory_of(cache, self.slot) is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self.slot.fill(self._delivered(y, _as_bool(mask), None))
+            self._fill(self._delivered(y, _as_bool(mask), None))
         else:
-            self.slot.fill(self._with_input_mask(self._kept(y, mask, cache, args, kwargs)))
+            self._fill(self._with_input_mask(self._kept(y, mask, cache, args, kwargs)))
 
     def _kept(self, y: Tensor, mask: Tensor | None, cache: Any, args: Any, kwargs: Mapping[str, Any]) -> Delivered:
         """The condition for a call with ``cache``, which keeps its states."""
@@ -361,9 +366,9 @@ class DecoderTap(Tap):
         """Watch a cache that the decoder made, too."""
         cache, held = getattr(out, "past_key_values", None), self.slot.held()
         y, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if held.tapped and kwargs.get("past_key_values") is None and hasattr(cache, "get_seq_length"):
-            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-                self._kept(y, mask, cache, args, kwargs)
+        made = kwargs.get("past_key_values") is None and hasattr(cache, "get_seq_length")
+        if y is not None and held.tapped and made and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self._kept(y, mask, cache, args, kwargs)
         self.slot.leave()
 
 
@@ -397,9 +402,9 @@ class OutputTap(Tap):
         """Everything but what makes the condition."""
         return name != self.path and not name.startswith(self.path + ".")
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the module, and the model, whose calls have the cache."""
-        super().install(slot)
+        super().install(slot, joint)
         self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.tap))
         self._around(self.model, self.before, self.after)
 
@@ -440,7 +445,7 @@ class OutputTap(Tap):
         # An index names each row, so that k texts for each image raise: they are no beams, and need not lie in order.
         rows = torch.arange(y.shape[0], device=y.device).repeat_interleave(times)
         states = States(owned=True) if self.generates and not torch.is_grad_enabled() else None
-        self.slot.fill(self._delivered(y, None, states)._replace(index=rows))
+        self._fill(self._delivered(y, None, states)._replace(index=rows))
 
     def _refuse_second(self) -> None:
         raise UnsupportedError(
