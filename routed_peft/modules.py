@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -339,6 +340,12 @@ class RoutedLoRA(RoutedLayer):
             out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
             return out if given is not None else self._touch(out, c)
         base: Tensor = self.base_layer(x)
+        if x.requires_grad and not base.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{self.label}: the base layer gives its input no gradient, as layers that are quantised for inference "
+                "do; what comes before it is trained by the update's part alone",
+                stacklevel=2,
+            )
         options["out_features"] = self.out_features
         wanted = (*x.shape[:-1], self.out_features)
         if type(base) is Tensor and base.dtype == functional.compute_dtype(x) and base.shape == wanted:
