@@ -536,6 +536,11 @@ class Advertised:
         more = [inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=None) for keyword in KEYWORDS]
         return signature.replace(parameters=[*named, *more, *rest])
 
+    @property
+    def __code__(self) -> Any:
+        """Where torch.export says that the model comes from."""
+        return getattr(self._method(), "__code__", Advertised.__call__.__code__)
+
     def _method(self) -> Callable[..., Any]:
         if self.replaced is not None:
             return self.replaced  # type: ignore[no-any-return]
