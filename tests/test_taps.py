@@ -562,7 +562,7 @@ def test_the_tap_argument_leaves_the_config_as_it_was():
 def test_a_tap_compiles_without_a_break(in_sequence):
     options = {"condition_source": "in_sequence"} if in_sequence else {}
     model = tapped(llava, targets=["q_proj"], **options)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what the tracer makes of it; ops: elsewhere
     with torch.no_grad():
         for batch in (batch_of(model), image_batch(model, (1, 2))):
             want = output_of(model(**batch, use_cache=False))
