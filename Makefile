@@ -108,7 +108,7 @@ endif
 
 # Not isolated: the objects of the last build stay valid, and a rebuild needs no network.
 .venv/ready: .venv/base $(CXX_SOURCES) setup.py pyproject.toml
-	.venv/bin/python -m pip install -q --no-build-isolation -e '.[test,demo,finetune]'
+	.venv/bin/python -m pip install -q --no-build-isolation -e '.[test,demo,finetune,quantised]'
 	touch $@
 
 .venv/lint: .venv/ready

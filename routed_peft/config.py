@@ -29,7 +29,8 @@ class RoutedConfig:
         condition_features: width d_c of the condition; None shares the input's projection.
         condition_pool: "auto", "mean", "first" or "none".
         condition_scale: "tokens" or "none".
-        missing: without a condition "error", "base" or "lora".
+        missing: without a condition "error", "base" or "lora", see :class:`RoutedLoRA`, also for batches in which only
+            some samples have one.
         rank_pattern: regular expression -> ``r`` for the modules whose path, or an end of it, matches. The first that
             matches counts.
         modules_to_save: names, or ends of names, of modules to train as they are and to save with the adapter.

@@ -17,17 +17,19 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConditionShapeError, MissingConditionError, RoutedPeftError
+from .errors import ConditionShapeError, MissingConditionError, RoutedPeftError, UnsupportedError
+from .functional import compute_dtype
 from .state import ConditionState
 
 if TYPE_CHECKING:
+    from .joint import Handed, JointLayers, Part
     from .modules import RoutedLayer
 
 
@@ -39,10 +41,12 @@ class Delivered(NamedTuple):
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     input_mask: Tensor | None
     states: States | None = None  # where the layers keep what they encode of it, during a generation
+    recalled: bool = False  # of an earlier call with the same cache, where in-sequence rows were marked
+    joint: Handed | None = None  # the layers' states of it, projected together
 
     def is_empty(self) -> bool:
         """Whether there is no condition in it, only perhaps an input mask."""
-        return self.condition is None and self.mask is None and self.states is None
+        return self.condition is None and self.mask is None and self.states is None and not self.recalled
 
 
 class Held(NamedTuple):
@@ -123,15 +127,18 @@ class Slot:
         """What the innermost ``holding`` holds."""
         return getattr(self._local, "base", _NOTHING)
 
-    def enter(self, held: Held) -> None:
-        """Hold ``held`` until ``leave``; calls nest."""
+    def enter(self) -> None:
+        """Until ``leave`` what is held may change, and comes back then; calls nest."""
         local = self._local
         local.frames = (self.held(), getattr(local, "frames", None))
-        local.held = held
+
+    def hold(self, held: Held) -> None:
+        """Hold ``held`` for the rest of the call that was entered last."""
+        self._local.held = held
 
     def fill(self, value: Delivered) -> None:
-        """Hold a tapped ``value`` for the rest of the call that was entered last."""
-        self._local.held = Held(value, running_backward())
+        """``hold`` a tapped ``value``."""
+        self.hold(Held(value, running_backward()))
 
     def leave(self) -> None:
         """Hold what was held before the last ``enter``."""
@@ -277,13 +284,78 @@ def _is_source(source: weakref.ref[Any] | None, tensor: Any) -> bool:
 class Memory:
     """What a key/value cache remembers for one slot: the condition its prompt had.
 
-    It lives and dies with the cache, so two generations that take turns keep apart.
+    It lives and dies with the cache, so two generations that take turns keep apart, and follows what is done to the
+    cache (``_Followed``): other rows have the condition of the rows that they were, and a cache that lost marked tokens
+    has lost their condition.
     """
 
     def __init__(self) -> None:
         self.tapped: Delivered | None = None  # what a tap delivered for the prompt
+        self.version: int | None = None
         self._sources: tuple[Any, ...] = ()
         self._states = States()
+        self.start_over(0)
+
+    def start_over(self, batch: int, marked: Tensor | None = None, start: int = 0) -> None:
+        """The condition to remember from now on is that of ``batch`` rows, and made of the tokens that ``marked``
+        [batch, N] marks from position ``start`` of the cache on, if given."""
+        self._batch, self._marked, self._start = batch, marked, start
+        self._rows: Tensor | None = None  # which of the first rows each row of the cache is; None if they never moved
+        self._lost = False
+
+    def remember(self, value: Delivered, batch: int, marked: Tensor | None, version: int | None = None) -> None:
+        """``start_over`` with what a tap delivered, and perhaps the version of the tensor it made that from."""
+        self.tapped, self.version = value._replace(joint=None), version  # that is of one call
+        self.start_over(batch, marked)
+
+    def forget(self) -> None:
+        """There is nothing to recall, nor to follow."""
+        self.tapped = None
+        self.start_over(0)
+
+    def recall(self, of: str) -> Delivered:
+        """The tapped value, for a call with the cache as it is now. ``of`` says in errors whose condition it is.
+
+        Raises:
+            UnsupportedError: marked tokens are no longer in the cache.
+        """
+        assert self.tapped is not None
+        y, mask, index, *_ = self.tapped
+        conditions = self._batch if y is None or isinstance(y, ConditionState) else y.shape[0]
+        return self.tapped._replace(
+            # In sequence the marked rows were in the earlier call, and the layers kept their states.
+            mask=None if y is None else mask, index=self.rows(of, index, conditions), recalled=True,
+        )  # fmt: skip
+
+    def rows(self, of: str, index: Tensor | None, conditions: int) -> Tensor | None:
+        """Which of ``conditions`` each row of the cache uses, if ``index`` says so for the rows of the prompt.
+
+        Raises:
+            UnsupportedError: as ``recall``.
+        """
+        if self._lost:
+            raise UnsupportedError(
+                f"{of}: the cache was cropped, and tokens that the condition was made of are gone; start with a new one"
+            )
+        if self._rows is None:
+            return index
+        return self._rows // (self._batch // max(conditions, 1)) if index is None else index[self._rows]
+
+    def follow(self, method: str, argument: Any, length: int) -> None:
+        """``method`` was called on the cache with ``argument``; it holds ``length`` tokens now."""
+        if not self._batch:
+            return
+        if method == "crop":
+            if self._marked is not None and length < self._start + self._marked.shape[1]:
+                self._lost = self._lost or bool(self._marked[:, max(length - self._start, 0) :].any())
+            return
+        if self._rows is None:
+            device = argument.device if isinstance(argument, Tensor) else None
+            self._rows = torch.arange(self._batch, device=device)
+        if method == "batch_repeat_interleave":
+            self._rows = self._rows.repeat_interleave(argument)
+        else:
+            self._rows = self._rows[argument]
 
     def states_for(
         self, *tensors: Tensor | ConditionState | None, fresh: bool, owned: bool = False
@@ -317,12 +389,42 @@ class _Memories:
         return _Memories, ()
 
 
+class _Followed:
+    """A cache's method that moves its rows or drops tokens: what the cache remembers follows.
+
+    An object and not a closure, so that a copied or pickled cache gets its own.
+    """
+
+    METHODS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop")
+
+    def __init__(self, cache: Any, name: str) -> None:
+        # Weak, so that a cache, which may be large, is freed with its last user and not by a garbage collection.
+        self.cache, self.__name__ = weakref.ref(cache), name  # transformers asks its methods for their names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the cache's method would have returned."""
+        cache = self.cache()
+        if cache is None:
+            raise RoutedPeftError(f"{self.__name__} of a shallow copy of a cache that is gone; copy.deepcopy caches")
+        out = getattr(type(cache), self.__name__)(cache, *args, **kwargs)
+        length = int(cache.get_seq_length()) if self.__name__ == "crop" else 0
+        for memory in cache._routed_peft.by_slot.values():
+            memory.follow(self.__name__, next(iter((*args, *kwargs.values()))), length)
+        return out
+
+    def __reduce__(self) -> tuple[type[_Followed], tuple[Any, str]]:
+        return _Followed, (self.cache(), self.__name__)
+
+
 def memory_of(cache: Any, slot: Slot) -> Memory | None:
     """What ``cache`` (a transformers Cache) remembers for ``slot``; None if there is no such cache."""
     if not hasattr(cache, "get_seq_length"):
         return None
-    memories = cache.__dict__.setdefault("_routed_peft", _Memories())
-    return memories.by_slot.setdefault(slot, Memory())  # type: ignore[no-any-return]
+    own = cache.__dict__
+    if "_routed_peft" not in own:
+        own["_routed_peft"] = _Memories()
+        own.update({name: _Followed(cache, name) for name in _Followed.METHODS if hasattr(type(cache), name)})
+    return own["_routed_peft"].by_slot.setdefault(slot, Memory())  # type: ignore[no-any-return]
 
 
 def is_empty(cache: Any) -> bool:
@@ -338,11 +440,16 @@ def with_states(value: Delivered, cache: Any, slot: Slot) -> Delivered:
     memory = None if torch.compiler.is_compiling() else memory_of(cache, slot)
     if memory is None or (value.condition is None and value.mask is None):
         return value
-    in_sequence = value.condition is None
-    states, met = memory.states_for(value.condition, value.mask, fresh=in_sequence and is_empty(cache))
-    if met and in_sequence:
-        value = value._replace(mask=None)  # the marked rows were in an earlier call
-    return value._replace(states=states)
+    if value.condition is not None:  # which row has which condition is said in each call
+        return value._replace(states=memory.states_for(value.condition, value.mask, fresh=False)[0])
+    assert value.mask is not None
+    start = 0 if cache is None else int(cache.get_seq_length())
+    states, met = memory.states_for(None, value.mask, fresh=start == 0)
+    if not met:
+        memory.start_over(value.mask.shape[0], value.mask, start)
+        return value._replace(states=states)
+    index = memory.rows("routed_condition_mask", None, value.mask.shape[0])
+    return value._replace(mask=None, index=index, states=states, recalled=True)  # the rows were in an earlier call
 
 
 # ------------------------------------------------------------------------------------------------ the call's keywords
@@ -357,8 +464,8 @@ class CallKeywords:
     ``forward`` works, whether it was made before or comes later.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, inner: bool = False) -> None:
-        self.module, self.slot = module, slot
+    def __init__(self, module: nn.Module, slot: Slot, joint: JointLayers | None = None, inner: bool = False) -> None:
+        self.module, self.slot, self.joint = module, slot, joint
         self.inner = inner  # a part of the model: a call of the whole that surrounds it goes on
         self.handles = [
             module.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
@@ -370,6 +477,8 @@ class CallKeywords:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook: what was given holds for this call; nothing given is what a ``with`` around it gives."""
+        within = self.inner and self.slot.in_call()
+        self.slot.enter()  # first: ``after`` leaves what this enters, whatever is raised here
         y, mask, index, input_mask = (kwargs.get(name) for name in KEYWORDS)
         kwargs = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
         if not (y is None or isinstance(y, (Tensor, ConditionState))):
@@ -377,17 +486,20 @@ class CallKeywords:
         if index is not None and y is None:
             raise ConditionShapeError("routed_condition_index goes with routed_condition, which was not given")
         # Not what the slot holds: a call that broke off under torch.compile, which drops hooks on errors, leaves that.
-        held = self.slot.held() if self.inner and self.slot.in_call() else self.slot.base()
+        held = self.slot.held() if within else self.slot.base()
         if y is not None or mask is not None:
             held = Held(Delivered(y, mask, index, input_mask), running_backward(), explicit=True)
         elif input_mask is not None:
             value = held.value or Delivered(None, None, None, None)
             held = held._replace(value=value._replace(input_mask=input_mask))
         if held.explicit and held.value is not None:
-            held = held._replace(value=with_states(held.value, kwargs.get("past_key_values"), self.slot))
+            value = with_states(held.value, kwargs.get("past_key_values"), self.slot)
+            if self.joint is not None and value.joint is None:
+                value = self.joint.begin(value)
+            held = held._replace(value=value)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             bind_checkpoints(module, slots_of(module))  # enabled again since, perhaps (Trainer does that)
-        self.slot.enter(held)
+        self.slot.hold(held)
         return args, kwargs
 
     def after(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -423,6 +535,11 @@ class Advertised:
         rest = [p for p in parameters if p.kind == p.VAR_KEYWORD]
         more = [inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=None) for keyword in KEYWORDS]
         return signature.replace(parameters=[*named, *more, *rest])
+
+    @property
+    def __code__(self) -> Any:
+        """Where torch.export says that the model comes from."""
+        return getattr(self._method(), "__code__", Advertised.__call__.__code__)
 
     def _method(self) -> Callable[..., Any]:
         if self.replaced is not None:
@@ -525,15 +642,20 @@ class BoundCheckpoint:
         if torch.compiler.is_compiling():  # the tracer refuses the slot's side effects, and its graph has y as an input
             return self.function(run, *args, **kwargs)
         # A slot filled before the running backward says nothing about this recomputation: the layers shall refuse it.
-        taken = [(slot, slot.value()) for slot in self.slots if not slot.outlived()]
+        taken = [
+            (slot, value, _joint_parts(value, args))
+            for slot, value in ((slot, slot.value()) for slot in self.slots if not slot.outlived())
+        ]
 
         def bound(*inputs: Any, **keywords: Any) -> Any:
+            rest = iter(inputs)
             with ExitStack() as stack:
-                for (slot, value), tensor in zip(taken, inputs, strict=False):
-                    stack.enter_context(slot.holding(_with_tensor(value, tensor)))
-                return run(*inputs[len(taken) :], **keywords)
+                for slot, value, parts in taken:
+                    stack.enter_context(slot.holding(_with_tensors(value, parts, rest)))
+                return run(*rest, **keywords)
 
-        return self.function(bound, *(_tensor_of(value) for _, value in taken), *args, **kwargs)
+        tensors = [t for _, value, parts in taken for t in (_tensor_of(value), *(part.tensor for part in parts))]
+        return self.function(bound, *tensors, *args, **kwargs)
 
 
 def bind_checkpoints(model: nn.Module, slots: list[Slot]) -> None:
@@ -561,11 +683,23 @@ def _tensor_of(value: Delivered | None) -> Tensor | None:
     return y.tensor if isinstance(y, ConditionState) else y
 
 
-def _with_tensor(value: Delivered | None, tensor: Tensor | None) -> Delivered | None:
-    """``value`` with the tensor that the checkpointed function was given in place of its own."""
-    if value is None or tensor is None:
-        return value
-    y = value.condition
-    return value._replace(
-        condition=ConditionState(y.routing, tensor, y.versions) if isinstance(y, ConditionState) else tensor
-    )
+def _joint_parts(value: Delivered | None, args: Sequence[Any]) -> Sequence[Part]:
+    """What was made of the condition for all layers, in the dtype that layers compute in which are given ``args``."""
+    given = next((arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()), None)
+    return [] if value is None or value.joint is None or given is None else value.joint.parts(compute_dtype(given))
+
+
+def _with_tensors(value: Delivered | None, parts: Sequence[Part], tensors: Iterator[Tensor | None]) -> Delivered | None:
+    """``value`` with the next of the tensors that the checkpointed function was given, in place of its own."""
+    tensor = next(tensors)
+    if value is None:
+        return None
+    if tensor is not None:
+        y = value.condition
+        state = ConditionState(y.routing, tensor, y.versions) if isinstance(y, ConditionState) else None
+        value = value._replace(condition=tensor if state is None else state)
+    if value.joint is not None:
+        value = value._replace(
+            joint=value.joint.handed(parts, [t for _, t in zip(parts, tensors, strict=False) if t is not None])
+        )
+    return value

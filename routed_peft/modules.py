@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,16 @@ class RoutedLayer(nn.Module):
             return self._own(Delivered(condition, mask, index, input_mask))
         slot = self.slot.read(self.label) if self.slot is not None else None
         if slot is not None and slot.states is not None:
-            slot = self._remembered(x, slot)
-            in_sequence = in_sequence and slot.condition is None
+            given, slot = slot, self._remembered(x, slot)
+            in_sequence = in_sequence and slot.condition is given.condition  # else there is a state of its rows
+        if slot is not None:
+            slot = self._joined(x, slot)
+        if in_sequence and slot is not None and slot.recalled:
+            raise UnsupportedError(
+                f"{self.label}: the marked rows of its in-sequence condition were in an earlier call with this cache, "
+                "and no state of them can be used now: it is kept by a call without gradients and outside of "
+                "torch.compile, for one of the same dtype; run the whole sequence without a cache"
+            )
         if slot is not None and (slot.mask if in_sequence else slot.condition) is not None:
             if mask is not None or index is not None:
                 raise ConditionShapeError(
@@ -109,10 +118,19 @@ class RoutedLayer(nn.Module):
         state = given.states.find(self, key)
         if state is None:
             try:
-                state = given.states.keep(self, key, self._encode(y.to(dtype), mask))
+                joint = None if given.joint is None else given.joint.state_of(self, dtype)
+                state = given.states.keep(self, key, self._encode(y.to(dtype), mask) if joint is None else joint)
             except ConditionShapeError:
                 return given  # for the call itself to refuse, which knows its input too
         return given._replace(condition=state, mask=None)
+
+    def _joined(self, x: Tensor, given: Delivered) -> Delivered:
+        """``given`` with this layer's part of what was made of the condition for all layers, if there is one."""
+        joint = given.joint
+        if joint is None or not isinstance(given.condition, Tensor) or torch.compiler.is_compiling():
+            return given
+        state = joint.state_of(self, functional.compute_dtype(x))
+        return given if state is None else given._replace(condition=state, mask=None)
 
     def _own(self, given: Delivered) -> Delivered:
         """``given``, unless it holds a state of another layer, which may well have the right shape."""
@@ -136,6 +154,10 @@ class RoutedLayer(nn.Module):
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         """What projects the condition: the matrix, its bias, and how many output slices route on their own."""
+        raise NotImplementedError
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition, as the layer runs now."""
         raise NotImplementedError
 
     def _encode(self, condition: Tensor, mask: Tensor | None) -> ConditionState:
@@ -170,7 +192,9 @@ class RoutedLoRA(RoutedLayer):
         use_rslora: see ``lora_alpha``.
         out_slices: (start, stop) of each output slice to adapt, for a fused qkv; None adapts the whole output.
         route_across_slices: route all slices' bottlenecks as one, as the published GPT-2 path does.
-        missing: without a condition "error" raises, "base" runs the frozen layer, "lora" routes nothing (Z = T).
+        missing: in a call without a condition "error" raises, "base" runs the frozen layer, "lora" routes nothing
+            (Z = T). A sample of a batch that has no valid condition token in it is no such call: its V is 0, so ``add``
+            routes nothing for it, and the other routes leave it the frozen layer.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Parameters (float32 for a float16, bfloat16 or quantised base): ``lora_A`` [R, in], R = r · number of slices;
@@ -302,12 +326,11 @@ class RoutedLoRA(RoutedLayer):
         if given is None and self.missing == "base":
             return self._touch(self.base_layer(x), self.lora_A, self.lora_B, self.condition_A)
         routing = self.routing if given is not None else "none"
-        y, mask, index, valid, _ = given if given is not None else Delivered(None, None, None, None)
+        y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
         p = self.lora_dropout if self.training else 0.0
-        condition_p = self.condition_dropout if self.training and self.condition_dropout is not None else p
         options: dict[str, Any] = dict(
             routing=routing, scaling=self.scaling, mask=mask, index=index, input_mask=valid, pool=self.condition_pool,
-            scale=self.condition_scale, dropout_p=p, condition_dropout_p=condition_p, out_slices=self.out_slices,
+            scale=self.condition_scale, dropout_p=p, condition_dropout_p=self.condition_p(), out_slices=self.out_slices,
             route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
             condition_cu_seqlens=condition_cu_seqlens, backend=self.backend,
         )  # fmt: skip
@@ -317,6 +340,12 @@ class RoutedLoRA(RoutedLayer):
             out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
             return out if given is not None else self._touch(out, c)
         base: Tensor = self.base_layer(x)
+        if x.requires_grad and not base.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{self.label}: the base layer gives its input no gradient, as layers that are quantised for inference "
+                "do; what comes before it is trained by the update's part alone",
+                stacklevel=2,
+            )
         options["out_features"] = self.out_features
         wanted = (*x.shape[:-1], self.out_features)
         if type(base) is Tensor and base.dtype == functional.compute_dtype(x) and base.shape == wanted:
@@ -339,6 +368,11 @@ class RoutedLoRA(RoutedLayer):
                 f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
             )
         return self._encode(condition, condition_mask)
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition: none in eval mode, the input's if it has none of its own."""
+        p = self.lora_dropout if self.condition_dropout is None else self.condition_dropout
+        return p if self.training else 0.0
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         return (self.lora_A if self.condition_A is None else self.condition_A), None, self.groups
@@ -506,19 +540,23 @@ class RoutedAdapter(RoutedLayer):
         if given is None and self.missing == "base":
             return self._touch(x if self.residual else torch.zeros_like(x), *self.parameters(recurse=False))
         routing = self.routing if given is not None else "none"
-        y, mask, index, valid, _ = given if given is not None else Delivered(None, None, None, None)
+        y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
         assert self.down is not None and self.up is not None
         out = functional.apply(
             self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
             b_C=self.condition_bias, routing=routing, scaling=1.0, activation=self.activation, residual=self.residual,
             mask=mask, index=index, input_mask=valid, pool=self.condition_pool, scale=self.condition_scale,
-            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+            dropout_p=self.condition_p(), backend=self.backend,
         )  # fmt: skip
         return out if given is not None else self._touch(out, self.condition_down, self.condition_bias)
 
     def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
         """Encode a condition y [B, M, d_c] or [B, d_c] once, for many calls of this layer."""
         return self._encode(condition, condition_mask)
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition: none in eval mode."""
+        return self.dropout if self.training else 0.0
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         if self.condition_down is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .delivery import CallKeywords, Slot, unbind_checkpoints
 from .errors import AdapterFileError, ConditionShapeError, RoutedPeftError
+from .joint import JointLayers
 from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA, parameter_options
 from .taps import Tap, find_tap
 from .targets import modules_to_save, output_width, select
@@ -112,7 +113,9 @@ class AdaptedModule(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ attach and detach
-def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> AttachReport:
+def attach(
+    model: nn.Module, config: RoutedConfig, tap: str | None = None, *, join_conditions: bool = False
+) -> AttachReport:
     """Put routed layers around the modules that ``config`` selects, and freeze everything else.
 
     Trainable afterwards: the adapters and ``modules_to_save``. The model's own call and its ``generate`` then take
@@ -124,6 +127,11 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
         config: RoutedLoRAConfig or RoutedAdapterConfig.
         tap: replaces ``config.tap``, unless None: "auto", or the path of the module whose output is the condition.
             Modules that run before a tapped condition exists (a vision tower) are skipped.
+        join_conditions: project the condition for all layers in one product, which reads it once instead of once for
+            each layer. The same within rounding, with gradients, checkpoints and generation. Layers join that agree in
+            route, pooling, scale and rank and have no dropout on the condition; those that do not run in a call get
+            zeros for a gradient, as all layers are projected at once. Not saved, not under torch.compile, and refused
+            in training with sharded parameters (FSDP).
 
     Returns:
         What was adapted, and what was skipped for which reason.
@@ -153,19 +161,32 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
         if id(module) not in layers:
             layers[id(module)] = _build(model, name, module, config, slot)
 
+    if found is not None and not found.in_sequence and config.routing != "none":
+        _check_width(found, {name: layers[id(module)] for name, module in chosen.items()})
+
     before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    model.requires_grad_(False)
-    for name in saved:
-        for p in model.get_submodule(name).parameters():
-            p.requires_grad_(p.is_floating_point())
-    for name, module in chosen.items():
-        model.set_submodule(name, layers[id(module)])
-    if found is not None:
-        found.install(slot)
-    keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
-    keywords += [CallKeywords(part, slot, inner=True) for part in _called_by_generate(model)]
     report = AttachReport(list(chosen), skipped, None if found is None else found.description)
-    model._routed_peft = _Attached(config, report, saved, before, keywords, found)  # type: ignore[assignment]
+    record = _Attached(config, report, saved, before, [], found)
+    model._routed_peft = record  # type: ignore[assignment]
+
+    def joint(part: nn.Module) -> JointLayers | None:
+        return JointLayers(part) if join_conditions else None
+
+    try:
+        if found is not None:
+            found.install(slot, joint(model))
+        record.keywords.append(CallKeywords(model, slot, joint(model)))  # after the tap's hooks, that run within
+        for part in _called_by_generate(model):
+            record.keywords.append(CallKeywords(part, slot, joint(part), inner=True))
+        model.requires_grad_(False)
+        for name in saved:
+            for p in model.get_submodule(name).parameters():
+                p.requires_grad_(p.is_floating_point())
+        for name, module in chosen.items():
+            model.set_submodule(name, layers[id(module)])
+    except BaseException:
+        detach(model)
+        raise
     return report
 
 
@@ -263,6 +284,23 @@ def _build(model: nn.Module, name: str, module: nn.Module, config: RoutedConfig,
     routed.name, routed.slot = name, slot
     layer.training = routed.training = module.training
     return layer
+
+
+def _check_width(tap: Tap, layers: dict[str, nn.Module]) -> None:
+    """Raise if the condition that ``tap`` delivers is of another width than ``layers`` take."""
+    width, others = tap.width, {}
+    for name, layer in layers.items():
+        routed = layer.adapter if isinstance(layer, AdaptedModule) else layer
+        assert isinstance(routed, RoutedLayer)
+        takes = routed._projection()[0].shape[1]
+        if width is not None and takes != width:
+            others[name] = takes
+    if others:
+        raise ConditionShapeError(
+            f"the condition, {tap.description}, has {width} features, and {len(others)} of {len(layers)} layers take "
+            f"another width: {_few(f'{name} ({takes})' for name, takes in others.items())}; "
+            f"condition_features={width} gives every layer a projection of its own for it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ files

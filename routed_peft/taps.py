@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .delivery import Delivered, Slot, States, bind_checkpoints, is_empty, memory_of
 from .errors import ConditionShapeError, RoutedPeftError, UnsupportedError
+from .joint import JointLayers
 from .state import ConditionState
 
 AUTO = "auto"
@@ -32,6 +33,7 @@ _PRESETS = {
     "vision-text-dual-encoder": ("output", "vision_model"),
     "clip": ("output", "vision_model"),
 }
+_INPUTS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids")  # one row for each sample
 _IMAGES = ("image_embeds", "mm_encoder_outputs")  # beside pixel_values and its variants
 
 
@@ -68,6 +70,8 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
             )
     elif not _has(model, path):
         raise RoutedPeftError(f"tap={tap!r}: {type(model).__name__} has no module of that path")
+    else:
+        kind, path = _kind_of(model, path)
     if in_sequence and kind != "entry":
         raise UnsupportedError(
             f"condition_source='in_sequence' needs the positions of the condition in the layers' input, which the tap "
@@ -77,6 +81,29 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
     return kinds[kind](model, path, in_sequence)
 
 
+def _kind_of(model: nn.Module, path: str) -> tuple[str, str]:
+    """Which tap serves the module at ``path``, and where."""
+    config: Any = getattr(model, "config", None)
+    preset = _PRESETS.get(getattr(config, "model_type", ""), ("", ""))
+    if preset[0] == "projection" and path == preset[1]:
+        return preset
+    apart = "" if preset[0] != "projection" else f"outside of {type(model).__name__}'s own call"
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    if get_encoder is not None and getattr(config, "is_encoder_decoder", False):
+        encoder, module = get_encoder(), model.get_submodule(path)
+        decoder = path.rpartition(".")[0] + ".decoder" if "." in path else "decoder"
+        if module is encoder and _has(model, decoder):
+            return "decoder", decoder  # which is called with the encoder's output, and with its mask
+        if any(module is part for part in encoder.modules()):
+            apart = "in the encoder"
+    if apart:
+        raise UnsupportedError(
+            f"tap={path!r}: generate runs this module {apart}, and its output ends there; "
+            "use tap='auto', or pass routed_condition with each call"
+        )
+    return "output", path
+
+
 class Tap:
     """What the taps share. ``install`` hooks the model for one slot, ``remove`` undoes it."""
 
@@ -84,19 +111,25 @@ class Tap:
         self.model, self.path, self.in_sequence = model, path, in_sequence
         self.handles: list[Any] = []
         self.slot = Slot()
+        self.joint: JointLayers | None = None
 
     @property
     def description(self) -> str:
         """For the report of attach: kind and place."""
         raise NotImplementedError
 
+    @property
+    def width(self) -> int | None:
+        """Features of the condition, where the model says so before it runs."""
+        return None
+
     def reaches(self, name: str) -> bool:
         """Whether the layer at this path runs while the tapped condition is there."""
         return name.startswith(self.path + ".")
 
-    def install(self, slot: Slot) -> None:
-        """Hook the model; the condition goes to ``slot``."""
-        self.slot = slot
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
+        """Hook the model; the condition goes to ``slot``, projected for the ``joint`` layers together if given."""
+        self.slot, self.joint = slot, joint
 
     def remove(self) -> None:
         """Undo ``install``."""
@@ -107,23 +140,62 @@ class Tap:
         """Hooks around a module's call; ``after`` runs after an exception too."""
         self.handles += [
             module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_hook(after, always_call=True, with_kwargs=True),
         ]
 
     def _begin(self, module: nn.Module) -> bool:
         """Enter the part of the call that the condition is for; whether the tap is to fill the slot."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.slot.in_call():
             bind_checkpoints(module, [self.slot])  # the model around it, which does that, was not called
-        self.slot.enter(self.slot.held())
+        self.slot.enter()
         return not self.slot.held().explicit
 
+    def _fill(self, value: Delivered) -> None:
+        self.slot.fill(value if self.joint is None else self.joint.begin(value))
+
     def _delivered(self, y: Tensor | ConditionState | None, mask: Tensor | None, states: States | None) -> Delivered:
-        value = self.slot.value()
-        return Delivered(y, mask, None, None if value is None else value.input_mask, states)
+        return self._with_input_mask(Delivered(y, mask, None, None, states))
+
+    def _with_input_mask(self, value: Delivered) -> Delivered:
+        """``value`` with the input mask of this call, which belongs to the rows of this call."""
+        now = self.slot.value()
+        return value._replace(input_mask=None if now is None else now.input_mask)
+
+    def _recall(self, cache: Any) -> None:
+        """Deliver what ``cache`` remembers of its prompt; an empty one has forgotten."""
+        memory = memory_of(cache, self.slot)
+        if memory is None or memory.tapped is None:
+            return
+        if is_empty(cache):
+            memory.forget()
+        elif not self.slot.held().explicit:
+            self._fill(self._with_input_mask(memory.recall(f"the tap at '{self.path}'")))
+
+    def _remember(self, cache: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Let ``cache`` remember what was tapped in this call."""
+        held, memory = self.slot.held(), memory_of(cache, self.slot)
+        if memory is not None and held.tapped and held.value is not None and not held.value.recalled:
+            memory.remember(held.value, _batch_of(args, kwargs), self._marked(held.value))
+
+    def _marked(self, value: Delivered) -> Tensor | None:
+        """Which of the tokens that the cache holds first the condition was made of, [batch, N]; None if of none."""
+        return None
+
+    def _refuse_late(self) -> None:
+        raise UnsupportedError(
+            f"the tap at '{self.path}' was given images when the cache already held tokens, which were routed "
+            "without them (a prefill in chunks, or a later turn); pass routed_condition with every call"
+        )
 
 
 class LanguageModelTap(Tap):
     """At a language model that generates: what its prompt was given stays with the key/value cache."""
+
+    @property
+    def width(self) -> int | None:
+        """The language model's own, which images are projected to."""
+        config: Any = self.model.config
+        return _width_in(config.get_text_config())
 
     def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
         """The condition and the mask that this call brings, or None."""
@@ -134,31 +206,18 @@ class LanguageModelTap(Tap):
         fills = self._begin(module)  # first: ``after`` leaves what this enters, whatever is raised here
         found = self.find(kwargs)
         self.slot.arrival = None
-        if not fills:
-            return
         cache = kwargs.get("past_key_values")
-        memory = memory_of(cache, self.slot)
-        if found is not None:
-            if not is_empty(cache):
-                raise UnsupportedError(
-                    f"the tap at '{self.path}' was given images when the cache already held tokens, which were routed "
-                    "without them (a prefill in chunks, or a later turn); pass routed_condition with every call"
-                )
-            self.slot.fill(self._delivered(*found, None if torch.is_grad_enabled() else States(owned=True)))
-        elif memory is not None and memory.tapped is not None and not is_empty(cache):
-            y, mask, _, _, states = memory.tapped
-            # In sequence the marked rows were in the earlier call, and the layers kept their states.
-            self.slot.fill(self._delivered(y, None if y is None else mask, states))
-        if memory is not None:
-            held = self.slot.held()
-            memory.tapped = held.value if held.tapped else None
+        if found is None or not fills:
+            self._recall(cache)
+            return
+        if not is_empty(cache):
+            self._refuse_late()
+        self._fill(self._delivered(*found, None if torch.is_grad_enabled() else States(owned=True)))
+        self._remember(cache, args, kwargs)
 
-    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+    def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """Let a cache that the call made remember its condition, too."""
-        held = self.slot.held()
-        memory = memory_of(getattr(out, "past_key_values", None), self.slot)
-        if memory is not None and held.tapped:
-            memory.tapped = held.value
+        self._remember(getattr(out, "past_key_values", None), args, kwargs)
         self.slot.leave()
 
 
@@ -180,9 +239,9 @@ class EntryTap(LanguageModelTap):
         """Kind and place."""
         return f"image tokens at the entry of '{self.path}'"
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the language model, and the model around it, which knows the tokens."""
-        super().install(slot)
+        super().install(slot, joint)
         self._around(self._parent(), self.arrive, self.depart)
         self._around(self.model.get_submodule(self.path), self.before, self.after)
 
@@ -204,7 +263,7 @@ class EntryTap(LanguageModelTap):
         masks = [ids == token for token in self.tokens if token is not None]
         self.slot.arrival = masks[0] if len(masks) == 1 else masks[0] | masks[1]
 
-    def depart(self, module: nn.Module, args: Any, out: Any) -> None:
+    def depart(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """The call is over."""
         self.slot.arrival = None
 
@@ -213,6 +272,9 @@ class EntryTap(LanguageModelTap):
         if self.slot.arrival is None:
             return None
         return (None if self.in_sequence else kwargs["inputs_embeds"]), self.slot.arrival
+
+    def _marked(self, value: Delivered) -> Tensor | None:
+        return value.mask
 
 
 class ProjectionTap(LanguageModelTap):
@@ -232,9 +294,9 @@ class ProjectionTap(LanguageModelTap):
         """The language model's layers alone."""
         return name.startswith(self.entry + ".")
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the projection and the language model."""
-        super().install(slot)
+        super().install(slot, joint)
         language_model = self.model.get_submodule(self.entry)
         self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.project))
         self._around(language_model, self.before, self.after)
@@ -248,18 +310,29 @@ class ProjectionTap(LanguageModelTap):
         """What was projected since the model's call, or its generate, began."""
         return None if self.slot.arrival is None else (self.slot.arrival, None)
 
+    def _marked(self, value: Delivered) -> Tensor | None:
+        """The projected tokens stand at the front."""
+        y = value.condition
+        return torch.ones(1, y.shape[1], dtype=torch.bool) if isinstance(y, Tensor) else None
+
 
 class DecoderTap(Tap):
     """At the decoder of an encoder-decoder: the encoder's states [B, M, d] and attention mask [B, M]."""
+
+    @property
+    def width(self) -> int | None:
+        """One for encoder and decoder, in the models that are known."""
+        config: Any = self.model.config
+        return _width_in(config) if config.model_type in _PRESETS else None
 
     @property
     def description(self) -> str:
         """Kind and place."""
         return f"encoder states at '{self.path}'"
 
-    def install(self, slot: Slot) -> None:
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the decoder."""
-        super().install(slot)
+        super().install(slot, joint)
         self._around(self.model.get_submodule(self.path), self.before, self.after)
 
     def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -272,23 +345,53 @@ class DecoderTap(Tap):
                 f"the tap at '{self.path}' needs an encoder attention mask [batch, tokens], got {tuple(mask.shape)}"
             )
         cache = kwargs.get("past_key_values")
-        memory = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else memory_of(cache, self.slot)
-        if memory is None:
-            self.slot.fill(self._delivered(y, _as_bool(mask), None))
-            return
-        # Owned: if somebody wrote the states between two steps, the cross-attention would not see it either.
-        states, met = memory.states_for(y, mask, fresh=is_empty(cache), owned=True)
-        if not met or memory.tapped is None:
-            memory.tapped = self._delivered(y, _as_bool(mask), states)  # one mask for all steps: it is part of the key
-        self.slot.fill(self._delivered(memory.tapped.condition, memory.tapped.mask, states))
+        if memory_of(cache, self.slot) is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._fill(self._delivered(y, _as_bool(mask), None))
+        else:
+            self._fill(self._with_input_mask(self._kept(y, mask, cache, args, kwargs)))
 
-    def after(self, module: nn.Module, args: Any, out: Any) -> None:
-        """The decoder is done."""
+    def _kept(self, y: Tensor, mask: Tensor | None, cache: Any, args: Any, kwargs: Mapping[str, Any]) -> Delivered:
+        """The condition for a call with ``cache``, which keeps its states."""
+        memory = memory_of(cache, self.slot)
+        assert memory is not None
+        # Owned: if somebody wrote the states between two steps, the cross-attention would not see it either.
+        fresh = is_empty(cache) or memory.tapped is None or _is_written(mask, memory.version, memory.tapped.mask)
+        states, met = memory.states_for(y, mask, fresh=fresh, owned=True)
+        if not met:  # one mask for all steps: it is part of the key
+            version = None if mask is None or mask.is_inference() else mask._version
+            memory.remember(self._delivered(y, _as_bool(mask), states), _batch_of(args, kwargs), None, version)
+        return memory.recall(f"the tap at '{self.path}'")
+
+    def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        """Watch a cache that the decoder made, too."""
+        cache, held = getattr(out, "past_key_values", None), self.slot.held()
+        y, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        made = kwargs.get("past_key_values") is None and hasattr(cache, "get_seq_length")
+        if y is not None and held.tapped and made and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self._kept(y, mask, cache, args, kwargs)
         self.slot.leave()
 
 
 class OutputTap(Tap):
-    """The output of a module, [B, M, d] or [B, d], for what runs after it in the same call of the model."""
+    """The output of a module, [B, M, d] or [B, d], for what runs after it in the same call of the model.
+
+    Calls with a key/value cache that bring none take that of the call which filled the cache.
+    """
+
+    def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
+        super().__init__(model, path, in_sequence)
+        self.names = list(inspect.signature(model.forward).parameters)
+        can_generate: Any = getattr(model, "can_generate", None)
+        self.generates = bool(can_generate is not None and can_generate())
+
+    @property
+    def width(self) -> int | None:
+        """Of a linear layer, or of a vision model that is known."""
+        out = getattr(self.model.get_submodule(self.path), "out_features", None)
+        config: Any = getattr(self.model, "config", None)
+        if _PRESETS.get(getattr(config, "model_type", "")) == ("output", self.path.rpartition(".")[2]):
+            return _width_in(config.vision_config)
+        return out if isinstance(out, int) else None
 
     @property
     def description(self) -> str:
@@ -299,21 +402,26 @@ class OutputTap(Tap):
         """Everything but what makes the condition."""
         return name != self.path and not name.startswith(self.path + ".")
 
-    def install(self, slot: Slot) -> None:
-        """Hook the module."""
-        super().install(slot)
+    def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
+        """Hook the module, and the model, whose calls have the cache."""
+        super().install(slot, joint)
         self.handles.append(self.model.get_submodule(self.path).register_forward_hook(self.tap))
+        self._around(self.model, self.before, self.after)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Deliver what came before the call, in a generate, else what the cache remembers."""
+        found, self.slot.arrival = self.slot.arrival, None
+        cache = self._call(args, kwargs).get("past_key_values")
+        self._recall(cache)
+        if found is not None:
+            rows, batch = found.shape[0], _batch_of(args, kwargs)
+            self._deliver(found, batch // rows if rows and batch % rows == 0 else 1)  # beams: rows in a row for each
 
     def tap(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Deliver the output; outside of a call of the model there is nobody to deliver it to."""
-        held = self.slot.held()
-        if held.explicit or not self.slot.in_call():
+        """Deliver the output; outside of a call of the model and of generate there is nobody to deliver it to."""
+        in_call = self.slot.in_call()
+        if self.slot.held().explicit or not (in_call or self.slot.in_generation()):
             return
-        if held.tapped:
-            raise UnsupportedError(
-                f"the module of the tap, '{self.path}', ran twice in one call, and which output is the condition is "
-                "unknown; pass routed_condition"
-            )
         y = getattr(out, "last_hidden_state", out[0] if isinstance(out, tuple) else out)
         if not isinstance(y, Tensor) or y.dim() not in (2, 3):
             shape = tuple(y.shape) if isinstance(y, Tensor) else type(out).__name__
@@ -321,9 +429,37 @@ class OutputTap(Tap):
                 f"the output of '{self.path}' must be [batch, tokens, features] or [batch, features] to be a "
                 f"condition, got {shape}"
             )
+        if in_call:
+            self._deliver(y, 1)
+        elif self.slot.arrival is not None:
+            self._refuse_second()
+        else:
+            self.slot.arrival = y
+
+    def _deliver(self, y: Tensor, times: int) -> None:
+        held = self.slot.held()
+        if held.explicit:
+            return
+        if held.tapped and held.value is not None:
+            (self._refuse_late if held.value.recalled else self._refuse_second)()
         # An index names each row, so that k texts for each image raise: they are no beams, and need not lie in order.
-        rows = torch.arange(y.shape[0], device=y.device)
-        self.slot.fill(self._delivered(y, None, None)._replace(index=rows))
+        rows = torch.arange(y.shape[0], device=y.device).repeat_interleave(times)
+        states = States(owned=True) if self.generates and not torch.is_grad_enabled() else None
+        self._fill(self._delivered(y, None, states)._replace(index=rows))
+
+    def _refuse_second(self) -> None:
+        raise UnsupportedError(
+            f"the module of the tap, '{self.path}', ran twice in one call, and which output is the condition is "
+            "unknown; pass routed_condition"
+        )
+
+    def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        """Let the cache remember, the given one or the one that the call made."""
+        given = self._call(args, kwargs).get("past_key_values")
+        self._remember(getattr(out, "past_key_values", None) if given is None else given, args, kwargs)
+
+    def _call(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -339,6 +475,24 @@ def _is_image(name: str, value: Any) -> bool:
     if not (name.startswith("pixel_values") or name in _IMAGES):
         return False
     return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
+
+
+def _width_in(config: Any) -> int | None:
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many rows a call has."""
+    given = (value for name in _INPUTS if (value := kwargs.get(name)) is not None)
+    return int(next(given, args[0] if args else torch.empty(0)).shape[0])
+
+
+def _is_written(mask: Tensor | None, version: int | None, before: Tensor | None) -> bool:
+    """Whether ``mask`` was written since it had that version (in inference mode, which counts none: those values)."""
+    if mask is None or before is None:
+        return False  # another tensor than before, which is noticed anyway
+    return not torch.equal(mask != 0, before) if mask.is_inference() else mask._version != version
 
 
 def _as_bool(mask: Tensor | None) -> Tensor | None:

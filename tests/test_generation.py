@@ -1,5 +1,9 @@
 """Generation: each token is the one that the whole sequence, run without a cache, has; and y is encoded once."""
 
+import copy
+import gc
+import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -193,6 +197,13 @@ def test_prompt_lookup_is_greedy(make, counted):
     assert torch.equal(got[0][:, -8:], uncached(model, batch, new=8)[0][:, -8:])
 
 
+chunked_prefill = pytest.mark.skipif(
+    tuple(map(int, tf.__version__.split(".")[:2])) < (5, 23),
+    reason="transformers' own prefill in chunks gives a LLaVA other tokens than a whole prompt",
+)
+
+
+@chunked_prefill
 @pytest.mark.parametrize("in_sequence", [False, True])
 def test_chunked_prefill_raises_where_images_are_split_and_else_works(in_sequence):
     options = {"condition_source": "in_sequence", "targets": ["q_proj"]} if in_sequence else {}
@@ -207,6 +218,7 @@ def test_chunked_prefill_raises_where_images_are_split_and_else_works(in_sequenc
         generate(model, {**batch, "input_ids": batch["input_ids"].flip(1)}, prefill_chunk_size=3)
 
 
+@chunked_prefill
 def test_chunked_prefill_works_with_an_explicit_condition(counted):
     model = attached(llava)
     batch, y = prompt(model), torch.randn(2, 3, D)
@@ -409,6 +421,203 @@ def test_an_emptied_cache_takes_a_mask_for_a_new_prompt():
         batch = prompt(model)
         got = model(**batch, past_key_values=cache, routed_condition_mask=mask).logits
         torch.testing.assert_close(got, model(**batch, routed_condition_mask=mask).logits)
+
+
+IN_SEQUENCE = {"condition_source": "in_sequence", "targets": ["q_proj", "v_proj"]}
+PROJECTOR = "model.multi_modal_projector"
+
+
+@pytest.mark.parametrize("missing", ["error", "base", "lora"])
+@pytest.mark.parametrize("tap", [None, "auto"])
+def test_in_sequence_rows_without_a_usable_state_raise(missing, tap):
+    """The frozen layer, which missing="base" gives a call without a condition, would be silently wrong."""
+    model = attached(llava if tap else llama, tap=tap, **IN_SEQUENCE, missing=missing)
+    batch, one = prompt(model), torch.tensor([[7], [8]])
+    mask = {} if tap else {"routed_condition_mask": torch.tensor([[1, 1, 0, 0, 0]] * 2)}
+
+    def run(prompt_grad=False, step_grad=False, autocast=False):
+        with torch.set_grad_enabled(prompt_grad):
+            cache = model(**batch, **mask, past_key_values=tf.DynamicCache()).past_key_values
+        with torch.set_grad_enabled(step_grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(input_ids=one, past_key_values=cache, **mask)
+
+    run()
+    for how in ({"prompt_grad": True}, {"step_grad": True}, {"prompt_grad": True, "step_grad": True}):
+        with pytest.raises(rp.UnsupportedError, match="marked rows .* were in an earlier call .* without gradients"):
+            run(**how)
+    with pytest.raises(rp.UnsupportedError, match="marked rows .* were in an earlier call .* the same dtype"):
+        run(autocast=True)
+
+
+def language_model(make, tap, **options):
+    targets = {bart: TARGETS[bart], blip2: TARGETS[blip2]}.get(make, r".*language_model.*(q_proj|v_proj)")
+    return attached(make, tap=tap, **{**options, "targets": targets})
+
+
+def prefilled(model, batch):
+    """A cache that holds the prompt, and a function for a step of some of its rows with such a cache."""
+    kind = model.config.model_type
+    called, more = model, {}
+    with torch.no_grad():
+        if kind == "bart":
+            more = {"encoder_outputs": model.get_encoder()(batch["input_ids"])}
+            cache = model(**more, decoder_input_ids=torch.tensor([[2], [2]])).past_key_values
+        elif kind == "blip-2":
+            called = model.language_model
+            cache = model(**batch, use_cache=True).language_model_outputs.past_key_values
+        else:
+            cache = model(**batch, use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def step(cache, rows=(0, 1)):
+        ids = torch.tensor([[7], [8]])[list(rows)]
+        return called(**{"decoder_input_ids" if more else "input_ids": ids}, past_key_values=cache, **more).logits
+
+    return cache, step
+
+
+@pytest.mark.parametrize(
+    "make, tap, options",
+    [
+        (llava, "auto", {}),
+        (llava, "auto", IN_SEQUENCE),
+        (llava, PROJECTOR, {}),
+        (bart, "auto", {}),
+        (blip2, "auto", {}),
+    ],
+)
+def test_the_rows_of_a_cache_take_their_condition_along(make, tap, options):
+    model = language_model(make, tap, **options)
+    cache, step = prefilled(model, prompt(model))
+    first = copy.deepcopy(cache)
+    want = step(first), step(first)
+    for moves, rows in (
+        ([("reorder_cache", torch.tensor([1, 0]))], [1, 0]),
+        ([("batch_select_indices", torch.tensor([1]))], [1]),
+        ([("batch_repeat_interleave", 2)], [0, 0, 1, 1]),
+        ([("batch_repeat_interleave", 2), ("reorder_cache", torch.tensor([3, 1, 0, 2]))], [1, 0, 0, 1]),
+    ):
+        moved = copy.deepcopy(cache)
+        for method, argument in moves:
+            getattr(moved, method)(argument)
+        for wanted in want:  # and for good
+            torch.testing.assert_close(step(moved, rows), wanted[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_the_rows_of_an_in_sequence_mask_by_keyword_move_too():
+    model = attached(llama, tap=None, **IN_SEQUENCE)
+    batch, cache = prompt(model), tf.DynamicCache()
+    mask = {"routed_condition_mask": torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])}
+    with torch.no_grad():
+        model(**batch, past_key_values=cache, **mask)
+        want = step(model, copy.deepcopy(cache), **mask)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        got = model(torch.tensor([[8], [7]]), past_key_values=cache, **mask).logits
+    torch.testing.assert_close(got, want.flip(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, IN_SEQUENCE])
+def test_a_cache_that_lost_its_image_raises(options):
+    model = language_model(llava, "auto", **options, missing="base")
+    cache, step = prefilled(model, prompt(model))
+    for kept in (True, False):
+        cropped = copy.deepcopy(cache)
+        cropped.crop(-3)  # the text
+        step(cropped)
+        if not kept:
+            cropped.crop(-2)  # the step, and a token of the image
+            with pytest.raises(rp.UnsupportedError, match="the tap at .*cropped, and tokens that the condition was"):
+                step(cropped)
+    emptied = copy.deepcopy(cache)
+    emptied.crop(-7)
+    other = prompt(model)
+    with torch.no_grad():
+        got = model(**other, past_key_values=emptied).logits
+        torch.testing.assert_close(got, model(**other).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_watched_cache_is_copied_pickled_and_freed_as_any_other():
+    model = language_model(llava, "auto")
+    cache, _ = prefilled(model, prompt(model))
+    twin = pickle.loads(pickle.dumps(cache))
+    twin.reorder_cache(torch.tensor([1, 0]))
+    for mine, other in zip(cache.layers, twin.layers, strict=True):
+        assert torch.equal(mine.keys, other.keys[[1, 0]]) and not torch.equal(mine.keys, other.keys)
+    with torch.no_grad(), pytest.raises(rp.MissingConditionError):  # what was remembered stays in its process
+        model(input_ids=torch.tensor([[7], [8]]), past_key_values=twin)
+    gc.disable()
+    try:
+        gone = weakref.ref(cache)
+        shallow = copy.copy(cache)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(rp.RoutedPeftError, match="reorder_cache of a shallow copy of a cache that is gone"):
+        shallow.reorder_cache(torch.tensor([1, 0]))
+
+
+def test_an_encoder_mask_that_is_written_between_steps_is_seen():
+    for inference in (False, True):
+        model = attached(bart)
+        ids, outs = torch.randint(3, 50, (2, 5)), []
+        with torch.inference_mode(inference), torch.no_grad():
+            encoded = model.get_encoder()(ids)
+            for same in (True, False):
+                mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+                call = {"encoder_outputs": encoded, "decoder_input_ids": torch.tensor([[7], [8]])}
+                cache = model(**call, attention_mask=mask).past_key_values
+                before = model(**call, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+                mask.fill_(1)
+                mine = mask if same else mask.clone()
+                outs.append(model(**call, attention_mask=mine, past_key_values=cache).logits)
+            torch.testing.assert_close(*outs)
+            assert not torch.allclose(outs[0], before, atol=1e-3)
+
+
+def test_a_path_s_condition_is_remembered(counted):
+    """tap=path at the projector, whose output is the whole condition where each sample has one image."""
+    model = language_model(llava, PROJECTOR, missing="base")
+    batch = prompt(model)
+    got = generate(model, batch)
+    assert counted == [len(layers_of(model)), 0]
+    assert_same(got, uncached(model, batch))
+    torch.manual_seed(1)
+    other = {**batch, "pixel_values": torch.randn_like(batch["pixel_values"])}
+    assert not torch.allclose(got[1], uncached(model, other)[1], atol=1e-3)
+    beams = generate(model, batch, num_beams=3)[0]
+    one = [generate(model, {name: value[i : i + 1] for name, value in batch.items()}, num_beams=3)[0] for i in (0, 1)]
+    assert torch.equal(beams, torch.cat(one))
+    with torch.no_grad():
+        cache = model(**batch).past_key_values
+        with pytest.raises(rp.UnsupportedError, match="given images when the cache already held tokens"):
+            model(**batch, past_key_values=cache)
+
+
+@pytest.mark.parametrize("make", ENCODED)
+def test_a_path_to_the_encoder_is_the_decoder_s_tap(make):
+    path = "model.encoder" if make is bart else "encoder"
+    model = attached(make, tap=path, missing="base")
+    assert model._routed_peft.report.tap == f"encoder states at '{path.replace('encoder', 'decoder')}'"
+    batch = prompt(model)
+    batch["attention_mask"][0, -2:] = 0
+    got = generate(model, batch)
+    assert_same(got, uncached(model, batch))
+    rp.detach(model)
+    assert not torch.allclose(uncached(model, batch)[1], got[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "make, path, text",
+    [
+        (t5, "encoder.block.0", "in the encoder"),
+        (bart, "model.encoder.layers.0", "in the encoder"),
+        (blip2, "vision_model", "outside of Blip2ForConditionalGeneration's own call"),
+    ],
+)
+def test_a_path_whose_output_generate_would_lose_is_refused(make, path, text):
+    with pytest.raises(rp.UnsupportedError, match=f"tap='{path}': generate runs this module {text}.*use tap='auto'"):
+        attached(make, tap=path)
 
 
 def test_two_threads_generate_from_their_own_images():

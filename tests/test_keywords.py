@@ -122,6 +122,30 @@ def test_a_call_within_the_call_has_its_own_condition():
     torch.testing.assert_close(got, model.last(h, y))
 
 
+@pytest.mark.parametrize("wrong", [{"routed_condition": "no tensor"}, {"routed_condition_index": torch.tensor([0, 0])}])
+def test_a_call_within_the_call_that_is_refused_leaves_the_outer_one_its_condition(wrong):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, again=True):
+            h = self.first(x)
+            if again:
+                with pytest.raises((TypeError, rp.ConditionShapeError)):
+                    self(x, again=False, **wrong)
+            return self.last(h)
+
+    model = Outer()
+    rp.attach(model, rp.RoutedLoRAConfig(target_modules=["first", "last"], r=4, condition_features=DC, missing="base"))
+    awaken(model)
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 4, DC)
+    want = model(x, again=False, routed_condition=y)
+    assert torch.equal(model(x, routed_condition=y), want)
+    with rp.condition(model, torch.randn(2, 4, DC)):
+        assert torch.equal(model(x, routed_condition=y), want)
+
+
 def test_an_input_mask_joins_a_condition_from_outside():
     model = attached(routing="cross_gram")
     batch, y, valid = batch_of(model), torch.randn(2, 4, DC), torch.tensor([[1, 1, 0, 0, 0]] * 2)

@@ -100,7 +100,7 @@ def test_a_model_that_is_not_there_is_refused(example, tmp_path):
 
 def test_layers_that_the_condition_does_not_fit_are_refused_before_training(example, finished, tmp_path):
     options = ["--model", str(finished[0] / "base"), "--device", "cpu", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"condition must be \[batch, tokens, 256\].* shares lora_A"):
+    with pytest.raises(SystemExit, match=r"128 features, and 2 of 14 layers take .*down_proj \(256\)"):
         example.main([*options, "--targets", "all-linear"])
     with pytest.raises(SystemExit, match=r"target_modules=\['nope'\] matched no .* nearest names"):
         example.main([*options, "--targets", "nope"])

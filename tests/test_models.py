@@ -42,8 +42,9 @@ MODELS = {
     roberta_classifier: (["query", "value"], r".*layer\.\d\.attention", None),
     gpt2: (["c_attn", "c_fc"], r".*h\.\d\.mlp", None),
     llama: (["q_proj", "v_proj"], r".*layers\.\d\.mlp", None),
-    vit: (["q_proj", "fc1"], r".*layers\.\d\.mlp", None),
-    ast: (["q_proj", "fc1"], r".*layers\.\d\.mlp", None),
+    # whose layers have other names in transformers 5.0
+    vit: (r".*\.(q_proj|query|fc1|intermediate\.dense)", r".*(layers\.\d\.mlp|layer\.\d\.attention)", None),
+    ast: (r".*\.(q_proj|query|fc1|intermediate\.dense)", r".*(layers\.\d\.mlp|layer\.\d\.attention)", None),
 }
 
 

@@ -1,6 +1,7 @@
 """The layers: when they may compute from the base weight, what they refuse, what bake makes of them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -221,6 +222,23 @@ def test_quantised_layers_need_only_their_sizes():
         layer.bake(y[:1])
     with pytest.raises(TypeError, match="in_features and out_features, got LayerNorm"):
         rp.RoutedLoRA(nn.LayerNorm(4))
+
+
+def test_a_base_that_loses_the_gradient_is_told():
+    class ForInference(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    layer, x, y = layer_of(ForInference(16, 24)), torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, y)  # nothing comes before it
+        with torch.no_grad():
+            layer(x.requires_grad_(), y)
+        layer_of(nn.Linear(16, 24))(x, y)
+    with pytest.warns(UserWarning, match="RoutedLoRA: the base layer gives its input no gradient"):
+        layer(x, y)
 
 
 @pytest.mark.parametrize("dtype, wanted", [

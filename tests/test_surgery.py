@@ -14,6 +14,8 @@ from tiny_models import (
     bart,
     batch_of,
     bert,
+    blip2,
+    dual_encoder,
     gpt2,
     llama,
     llama_config,
@@ -26,6 +28,7 @@ from tiny_models import (
 from torch import nn
 
 import routed_peft as rp
+from routed_peft import taps
 from routed_peft.surgery import AdaptedModule
 
 DC = 12
@@ -192,6 +195,60 @@ def test_a_layer_that_cannot_be_built_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="out_slices"):
         rp.attach(model, lora(["query"], out_slices=[(0, 99)]))
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("broken", ["tap", "keywords", "layers"])
+def test_an_error_half_way_leaves_the_model_as_it_was(broken, monkeypatch):
+    model = bart()
+    put, calls = model.set_submodule, []
+
+    def refuse(*args):
+        calls.append(args)
+        if broken != "layers" or len(calls) == 2:  # after the first layer has been replaced
+            raise KeyError("refused")
+        return put(*args)
+
+    owner, name = {
+        "tap": (taps.DecoderTap, "_around"), "keywords": (model, "get_encoder"), "layers": (model, "set_submodule"),
+    }[broken]  # fmt: skip
+    monkeypatch.setattr(owner, name, refuse)
+    if broken == "keywords":  # the taps ask for the encoder, too
+        monkeypatch.setattr(taps, "_kind_of", lambda model, path: ("decoder", path))
+    before = snapshot(model)
+    config = lora(["q_proj"], condition_features=D, tap="model.decoder" if broken == "keywords" else "auto")
+    with pytest.raises(KeyError, match="refused"):
+        rp.attach(model, config)
+    assert calls and snapshot(model) == before
+    monkeypatch.undo()
+    assert rp.attach(model, config).names
+
+
+def test_a_tap_of_another_width_than_the_layers_take_is_refused():
+    model = llava()
+    before = snapshot(model)
+    text = r"image tokens at the entry of 'model.language_model', has 32 features, and 2 of 14 layers take another "
+    with pytest.raises(
+        rp.ConditionShapeError, match=text + r"width: 2: .*down_proj \(48\), .*; condition_features=32 "
+    ):
+        rp.attach(model, lora("all-linear", condition_features=None, tap="auto"))
+    with pytest.raises(rp.ConditionShapeError, match="14 of 14 layers take another width: 14: "):
+        rp.attach(model, lora("all-linear", tap="auto"))
+    with pytest.raises(rp.ConditionShapeError, match="has 32 features, and 2 of 2 layers .*2: .*mlp .48."):
+        rp.attach(model, adapter(["mlp"], condition_features=48, tap="auto", exclude_modules=r".*vision.*"))
+    assert snapshot(model) == before
+    for make, targets, width in (
+        (bart, ["fc2"], 32),
+        (t5, ["wo"], 32),
+        (dual_encoder, ["query"], 16),
+        (blip2, ["fc2"], 32),
+    ):
+        with pytest.raises(rp.ConditionShapeError, match=f"has {width} features"):
+            rp.attach(make(), lora(targets, condition_features=None if width == 32 else 32, tap="auto"))
+    linear = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6))
+    with pytest.raises(rp.ConditionShapeError, match=r"output of '0', has 6 features, .* 1 \(12\)"):
+        rp.attach(linear, lora(["1"], tap="0"))
+    for options in ({"routing": "none"}, {"condition_source": "in_sequence"}):  # they take none of it
+        rp.attach(llava(), lora("all-linear", condition_features=None, tap="auto", **options))
 
 
 def test_a_shared_module_gets_one_adapter():

@@ -26,7 +26,7 @@ def gpt2():
 
 
 def llama_config(**more):
-    return tf.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=64, **more)
+    return tf.LlamaConfig(**{**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64, **more})
 
 
 def llama(**more):
