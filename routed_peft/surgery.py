@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base_layers import parameter_options
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .delivery import CallKeywords, Slot, unbind_checkpoints
 from .errors import AdapterFileError, ConditionShapeError, RoutedPeftError
-from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA, parameter_options
+from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA
 from .taps import Tap, find_tap
 from .targets import modules_to_save, output_width, select
 
@@ -60,6 +61,25 @@ class CheckReport:
         return text + (f"; never ran: {', '.join(self.never_ran)}" if self.never_ran else "")
 
 
+class Wiring:
+    """What brings the condition of a model's call to its layers, which read ``slot``: the call's keywords, and a tap."""
+
+    def __init__(self, model: nn.Module, slot: Slot, tap: Tap | None) -> None:
+        self.model, self.slot, self.tap = model, slot, tap
+        if tap is not None:
+            tap.install(slot)
+        self.keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
+        self.keywords += [CallKeywords(part, slot, inner=True) for part in _called_by_generate(model)]
+
+    def remove(self) -> None:
+        """Hooks, methods and checkpoint functions as they were."""
+        if self.tap is not None:
+            self.tap.remove()
+        for keywords in self.keywords:
+            keywords.remove()
+        unbind_checkpoints(self.model)
+
+
 @dataclass
 class _Attached:
     """What attach has to remember: it hangs on the model as ``_routed_peft``."""
@@ -68,8 +88,7 @@ class _Attached:
     report: AttachReport
     saved: list[str]  # paths of modules_to_save
     requires_grad: dict[str, bool]  # of every parameter, as attach found it
-    keywords: list[CallKeywords]
-    tap: Tap | None
+    wiring: Wiring
 
 
 class AdaptedModule(nn.Module):
@@ -139,14 +158,7 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
     if held is not None:
         raise RoutedPeftError(f"{type(model).__name__} already holds a routed layer, '{held}'; detach the model first")
     saved = modules_to_save(model, config)
-    chosen, skipped = select(model, config, saved)
-    found = find_tap(model, config.tap, getattr(config, "condition_source", "external") == "in_sequence")
-    if found is not None:
-        early = [name for name in chosen if not found.reaches(name)]
-        skipped.update((name, f"it runs where the {found.description} is not known") for name in early)
-        chosen = {name: module for name, module in chosen.items() if name not in early}
-        if not chosen:
-            raise RoutedPeftError(f"{len(early)} modules match, such as '{early[0]}', but {skipped[early[0]]}")
+    chosen, skipped, found = choose(model, config, saved)
     slot = Slot()
     layers: dict[int, nn.Module] = {}  # by base layer, which may be in the model more than once
     for name, module in chosen.items():
@@ -160,13 +172,24 @@ def attach(model: nn.Module, config: RoutedConfig, tap: str | None = None) -> At
             p.requires_grad_(p.is_floating_point())
     for name, module in chosen.items():
         model.set_submodule(name, layers[id(module)])
-    if found is not None:
-        found.install(slot)
-    keywords = [CallKeywords(model, slot)]  # after the tap's hooks, whose calls lie within
-    keywords += [CallKeywords(part, slot, inner=True) for part in _called_by_generate(model)]
     report = AttachReport(list(chosen), skipped, None if found is None else found.description)
-    model._routed_peft = _Attached(config, report, saved, before, keywords, found)  # type: ignore[assignment]
+    model._routed_peft = _Attached(config, report, saved, before, Wiring(model, slot, found))  # type: ignore[assignment]
     return report
+
+
+def choose(
+    model: nn.Module, config: RoutedConfig, saved: list[str], hits: dict[str, nn.Module] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str], Tap | None]:
+    """As ``targets.select``, without the modules that run before the condition is tapped; and the tap."""
+    chosen, skipped = select(model, config, saved, hits)
+    found = find_tap(model, config.tap, getattr(config, "condition_source", "external") == "in_sequence")
+    if found is not None:
+        early = [name for name in chosen if not found.reaches(name)]
+        skipped.update((name, f"it runs where the {found.description} is not known") for name in early)
+        chosen = {name: module for name, module in chosen.items() if name not in early}
+        if not chosen:
+            raise RoutedPeftError(f"{len(early)} modules match, such as '{early[0]}', but {skipped[early[0]]}")
+    return chosen, skipped, found
 
 
 def detach(model: nn.Module) -> None:
@@ -182,11 +205,7 @@ def detach(model: nn.Module) -> None:
         layer = model.get_submodule(name)
         if isinstance(layer, (RoutedLoRA, AdaptedModule)):  # else a shared parent, restored under its other name
             model.set_submodule(name, layer.base_layer)
-    if record.tap is not None:
-        record.tap.remove()
-    for keywords in record.keywords:
-        keywords.remove()
-    unbind_checkpoints(model)
+    record.wiring.remove()
     del model._routed_peft
     for name, p in model.named_parameters(remove_duplicate=False):
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
