@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -470,11 +470,9 @@ class RoutedLoRA(LowRankUpdate):
         """
         return self.bake_into(self.base_layer, condition, condition_mask)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises: there is no weight without a condition."""
-        raise UnsupportedError(
-            "a routed adapter depends on the condition and has no condition-free merged weight; use bake(condition)"
-        )
+        no_merge()
 
 
 class RoutedAdapter(RoutedLayer):
@@ -589,3 +587,10 @@ class RoutedAdapter(RoutedLayer):
     def extra_repr(self) -> str:
         """The options in the module's printed form."""
         return f"d_model={self.d_model}, r={self.r}, routing={self.routing!r}, activation={self.activation!r}"
+
+
+def no_merge() -> NoReturn:
+    """What merging raises."""
+    raise UnsupportedError(
+        "a routed adapter depends on the condition and has no condition-free merged weight; use bake(condition)"
+    )

@@ -62,7 +62,7 @@ class CheckReport:
 
 
 class Wiring:
-    """What brings the condition of a model's call to its layers, which read ``slot``: the call's keywords, and a tap."""
+    """What brings the condition of a model's call to the layers, through ``slot``: the call's keywords and a tap."""
 
     def __init__(self, model: nn.Module, slot: Slot, tap: Tap | None) -> None:
         self.model, self.slot, self.tap = model, slot, tap
