@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .base_layers import parameter_options
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
@@ -290,6 +291,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     ``routed_config.json`` is the config; ``routed_adapter.safetensors`` holds the adapter's parameters under
     ``<module path>.lora_A`` and so on, and the parameters and buffers of ``modules_to_save`` under their own names.
+    Of a model that is sharded (FSDP2) every rank must call this: the shards are put together, and rank 0 writes.
 
     Raises:
         AdapterFileError: something else is trainable too, and would be lost.
@@ -300,6 +302,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     from . import __version__
 
     record = _record(model)
+    _reshard(model)
     tensors = _file_tensors(model, record)
     kept = {id(tensor) for tensor in tensors.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
@@ -308,21 +311,27 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             f"trainable parameters outside the adapter would be lost: {', '.join(lost)}; "
             "list them in modules_to_save or freeze them"
         )
-    about = {"routed_peft_version": __version__, "base_model_type": _model_type(model)}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     # Copies, because safetensors refuses tensors that share memory (tied weights).
-    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    save_file(copies, path / TENSOR_FILE, metadata={"format": "pt"})
-    text = json.dumps({**record.config.to_dict(), **about}, indent=2)
-    (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    copies = {key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    try:
+        if not sharded or distributed.get_rank() == 0:
+            about = {"routed_peft_version": __version__, "base_model_type": _model_type(model)}
+            path = Path(path)
+            path.mkdir(parents=True, exist_ok=True)
+            save_file(copies, path / TENSOR_FILE, metadata={"format": "pt"})
+            text = json.dumps({**record.config.to_dict(), **about}, indent=2)
+            (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    finally:
+        if sharded:
+            distributed.barrier()  # the files are there for every rank that returns
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
     """Load what :func:`save_adapter` wrote, attaching it first if ``model`` has no adapter yet.
 
-    Values are copied into the existing parameters, whatever their device and dtype. After an error the model is as it
-    was.
+    Values are copied into the existing parameters, whatever their device, dtype and sharding (FSDP2: on every rank).
+    After an error the model is as it was.
 
     Returns:
         The report of :func:`attach`.
@@ -335,6 +344,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
     fresh = "_routed_peft" not in model.__dict__
     if fresh:
         attach(model, config)
+    _reshard(model)
     record = _record(model)
     try:
         if record.config != config:
@@ -360,7 +370,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
         raise
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+            tensor.copy_(_sharded_like(tensor, tensors[key]) if is_sharded(tensor) else tensors[key])
     return record.report
 
 
@@ -397,6 +407,32 @@ def _file_tensors(model: nn.Module, record: _Attached) -> dict[str, Tensor]:
                 raise AdapterFileError(f"'{name}.{key}' in modules_to_save is a {type(tensor).__name__}, not a tensor")
             tensors[f"{name}.{key}"] = tensor
     return tensors
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes them; without importing those, which takes half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together if it is sharded; every rank must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the parameters that it has put together: what is written to those does not reach the shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
+
+
+def _sharded_like(tensor: Any, value: Tensor) -> Tensor:
+    """This rank's part of ``value``, which every rank has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(tensor.device, tensor.dtype)
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def _model_type(model: nn.Module) -> str:

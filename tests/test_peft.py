@@ -16,7 +16,7 @@ from torch import nn
 import routed_peft as rp
 from routed_peft.routes import ROUTES
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.20")
 
 from routed_peft.integrations import peft as tuner  # noqa: E402
 
@@ -116,6 +116,23 @@ def test_the_core_never_imports_peft():
         assert "peft" not in sys.modules
     """)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_peft_it_says_what_to_install():
+    done = run_python(f"""
+        import sys
+        sys.path[:0] = {sys.path!r}
+        sys.modules["peft"] = None
+        from routed_peft.integrations import peft
+    """)
+    wanted = "ImportError: routed_peft.integrations.peft needs peft >= 0.20: pip install 'routed_peft[peft]'"
+    assert done.stderr.splitlines()[-1] == wanted
+
+
+def test_an_old_peft_is_refused(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.19.1")
+    with pytest.raises(ImportError, match="needs peft >= 0.20, found 0.19.1"):
+        tuner.register()
 
 
 def test_register_again_changes_nothing():

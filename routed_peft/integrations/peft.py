@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 try:
     import peft
+    from peft.config import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.peft_types import PeftType, register_peft_method
 except ImportError as error:
     raise ImportError("routed_peft.integrations.peft needs peft >= 0.20: pip install 'routed_peft[peft]'") from error
-from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.peft_types import PeftType, register_peft_method
 
 from ..base_layers import linear_features
 from ..config import ALL_LINEAR, RoutedLoRAConfig
@@ -342,7 +342,13 @@ def _name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any], *, adap
 
 # ------------------------------------------------------------------------------------------------ registration
 def register() -> None:
-    """Make the tuner known to PEFT, in this process; again changes nothing. Needed to load an adapter, too."""
+    """Make the tuner known to PEFT, in this process; again changes nothing. Needed to load an adapter, too.
+
+    Raises:
+        ImportError: peft is older than 0.20.
+    """
+    if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20):
+        raise ImportError(f"routed_peft needs peft >= 0.20, found {peft.__version__}")
     kind = _member(PeftType, METHOD.upper())
     if PEFT_TYPE_TO_TUNER_MAPPING.get(kind) is not RoutedPeftModel:
         register_peft_method(name=METHOD, config_cls=RoutedPeftConfig, model_cls=RoutedPeftModel, prefix=PREFIX)
