@@ -645,6 +645,16 @@ def test_a_quantised_base(targets, tmp_path):
     assert torch.equal(logits(strict_load(base, tmp_path), batch, y), logits(model, batch, y))
 
 
+def test_offloaded_weights_are_fetched_by_their_hooks():
+    accelerate = pytest.importorskip("accelerate")
+    model = wrapped()
+    batch, y = batch_of(model), condition()
+    wanted = logits(model, batch, y)
+    accelerate.cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())  # where nothing can be read behind the hooks' back
+    assert torch.equal(logits(model, batch, y), wanted)
+
+
 def test_dropout_follows_the_mode_of_the_layer_it_wraps():
     model = peft.get_peft_model(llama(), config(lora_dropout=0.5))  # llama() is in eval mode
     wake(model)

@@ -93,9 +93,12 @@ class RoutedPeftUpdate(LowRankUpdate):
 
     parameter_names = ("matrix_A", "matrix_B", "matrix_C")  # neither "lora_" nor the prefix may be in them
 
-    def forward(self, base: nn.Module | Tensor, x: Tensor) -> Tensor:
-        """As :meth:`LowRankUpdate.add_to`."""
-        return self.add_to(base, x)
+    def forward(self, base: Callable[[], nn.Module] | Tensor, x: Tensor) -> Tensor:
+        """As :meth:`LowRankUpdate.add_to`; a base layer is given as a function that returns it.
+
+        For accelerate's offload hooks move what a call is given: modules, too, but no functions.
+        """
+        return self.add_to(base if isinstance(base, Tensor) else base(), x)
 
 
 class RoutedPeftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -137,11 +140,14 @@ class RoutedPeftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return self.base_layer(x)  # type: ignore[no-any-return]
         if adapter_names is not None:
             return self._by_sample(x, adapter_names)
-        out: nn.Module | Tensor = self.base_layer
+        out: Tensor | None = None
         for name in self.active_adapters:
             if name in self.rpeft_update:
-                out = self.rpeft_update[name](out, x)
-        return out if isinstance(out, Tensor) else out(x)
+                out = self.rpeft_update[name](self._base if out is None else out, x)
+        return self.base_layer(x) if out is None else out
+
+    def _base(self) -> nn.Module:
+        return self.base_layer
 
     def _by_sample(self, x: Tensor, names: list[str]) -> Tensor:
         samples = len(names)
