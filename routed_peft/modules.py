@@ -306,9 +306,8 @@ class LowRankUpdate(RoutedLayer):
                 f"{self.label}: routing {self.routing!r} is not linear in its input and cannot be baked"
             )
         if (type(base_layer) is not nn.Linear and not is_conv1d(base_layer)) or not dense(base_layer.weight):
-            raise UnsupportedError(
-                f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {type(base_layer).__name__}"
-            )
+            found = f"{type(base_layer).__name__} with a {type(getattr(base_layer, 'weight', None)).__name__} weight"
+            raise UnsupportedError(f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {found}")
         if hooked(base_layer):
             raise UnsupportedError(f"{self.label}: bake cannot take the hooks of the base layer along")
         with torch.no_grad():
