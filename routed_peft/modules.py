@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from . import functional, ops, reference
+from .base_layers import dense, hooked, is_conv1d, linear_features, may_read_weight, parameter_options
 from .delivery import Delivered, Slot
 from .errors import ConditionShapeError, MissingConditionError, StaleStateError, UnsupportedError
 from .reference import Options
@@ -168,7 +168,230 @@ class RoutedLayer(nn.Module):
         )  # fmt: skip
 
 
-class RoutedLoRA(RoutedLayer):
+class LowRankUpdate(RoutedLayer):
+    """The routed update of a linear layer that it does not hold: ``s · ρ(x Aᵀ, y Cᵀ) B̂ᵀ``.
+
+    What :class:`RoutedLoRA`, which holds its base layer, and the PEFT tuner's layers, which hold one base layer and
+    several updates, have in common: parameters, options and the forward. The arguments are those of RoutedLoRA; of
+    ``base_layer`` only the widths, device and dtype are read.
+    """
+
+    parameter_names = ("lora_A", "lora_B", "condition_A")  # of A, B and C, in a state dict
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 16,
+        *,
+        routing: str = "gram",
+        condition_features: int | None = None,
+        condition_source: str = "external",
+        condition_pool: str = "auto",
+        condition_scale: str = "tokens",
+        lora_dropout: float = 0.0,
+        condition_dropout: float | None = None,
+        use_rslora: bool = False,
+        out_slices: Sequence[tuple[int, int]] | None = None,
+        route_across_slices: bool = False,
+        missing: str = "error",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(r, routing, condition_pool, condition_scale, missing, backend)
+        self.condition_source = one_of("condition_source", condition_source, ("external", "in_sequence"))
+        if condition_source == "in_sequence" and condition_features is not None:
+            raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
+        for argument, p in (("lora_dropout", lora_dropout), ("condition_dropout", condition_dropout)):
+            if p is not None and not 0 <= p <= 1:
+                raise ValueError(f"{argument} must lie in [0, 1], got {p}")
+        self.in_features, self.out_features = linear_features(base_layer)
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout, self.condition_dropout = lora_dropout, condition_dropout
+        self.out_slices = [(int(start), int(stop)) for start, stop in out_slices] if out_slices else None
+        before = 0
+        for start, stop in sorted(self.out_slices or []):
+            if not before <= start < stop <= self.out_features:
+                raise ValueError(
+                    f"out_slices: ({start}, {stop}) is empty, overlaps another slice or does not lie in the "
+                    f"{self.out_features} outputs"
+                )
+            before = stop
+        self.route_across_slices = route_across_slices
+        count = len(self.out_slices) if self.out_slices else 1
+        outputs = sum(stop - start for start, stop in self.out_slices) if self.out_slices else self.out_features
+        self.groups = 1 if route_across_slices else count
+
+        like = parameter_options(base_layer)
+        own = None if routing == "none" else condition_features
+        shapes = (r * count, self.in_features), (outputs, r), None if own is None else (r * count, own)
+        for name, shape in zip(self.parameter_names, shapes, strict=True):
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(*shape, **like)))
+        self.reset_parameters()
+        self._hold(base_layer)
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        """An update alone keeps no base layer."""
+
+    @property
+    def A(self) -> nn.Parameter:
+        """[R, in]."""
+        return getattr(self, self.parameter_names[0])  # type: ignore[no-any-return]
+
+    @property
+    def B(self) -> nn.Parameter:
+        """[adapted outputs, r]."""
+        return getattr(self, self.parameter_names[1])  # type: ignore[no-any-return]
+
+    @property
+    def C(self) -> nn.Parameter | None:
+        """[R, d_c], or None where A projects the condition too."""
+        return getattr(self, self.parameter_names[2])  # type: ignore[no-any-return]
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        """A and C Kaiming-uniform with a = √5 ("kaiming") or N(0, 1/r) ("gaussian"); B zero."""
+        one_of("init", init, ("kaiming", "gaussian"))
+        for projection in (self.A, self.C):
+            if projection is not None and init == "kaiming":
+                nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
+            elif projection is not None:
+                nn.init.normal_(projection, std=1 / self.r)
+        nn.init.zeros_(self.B)
+
+    def add_to(
+        self,
+        base: nn.Module | Tensor,
+        x: Tensor,
+        condition: Tensor | ConditionState | None = None,
+        condition_mask: Tensor | None = None,
+        condition_index: Tensor | None = None,
+        *,
+        input_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        condition_cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The output of ``base`` for x plus the update; ``base`` is the layer, or what it gave for x [..., out].
+
+        The other arguments, result and errors as :meth:`RoutedLoRA.forward`.
+        """
+        given = self._delivered(x, condition, condition_mask, condition_index, input_mask)
+        if given is None and self.missing == "base":
+            return self._touch(base if isinstance(base, Tensor) else base(x), self.A, self.B, self.C)
+        routing = self.routing if given is not None else "none"
+        y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
+        p = self.lora_dropout if self.training else 0.0
+        options: dict[str, Any] = dict(
+            routing=routing, scaling=self.scaling, mask=mask, index=index, input_mask=valid, pool=self.condition_pool,
+            scale=self.condition_scale, dropout_p=p, condition_dropout_p=self.condition_p(), out_slices=self.out_slices,
+            route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
+            condition_cu_seqlens=condition_cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        a, b, c = self.A, self.B, self.C
+        if not isinstance(base, Tensor) and may_read_weight(base, x):
+            w: Any = base.weight if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
+            out = functional.apply(self.label, x, a, y, b, c, W=w, bias=base.bias, **options)  # type: ignore[arg-type]
+            return out if given is not None else self._touch(out, c)
+        plain: Tensor = base if isinstance(base, Tensor) else base(x)
+        if (
+            x.requires_grad
+            and not plain.requires_grad
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            warnings.warn(
+                f"{self.label}: the base layer gives its input no gradient, as layers that are quantised for inference "
+                "do; what comes before it is trained by the update's part alone",
+                stacklevel=2,
+            )
+        options["out_features"] = self.out_features
+        wanted = (*x.shape[:-1], self.out_features)
+        if type(plain) is Tensor and plain.dtype == functional.compute_dtype(x) and plain.shape == wanted:
+            # Read once and written to a tensor of our own: the base layer's output may be something its own backward,
+            # a hook or a cache still reads.
+            out = functional.apply(self.label, x, a, y, b, c, base=plain, **options)
+        else:
+            update = functional.apply(self.label, x, a, y, b, c, **options)
+            out = plain + update.to(plain.dtype).reshape(plain.shape)
+        return out if given is not None else self._touch(out, c)
+
+    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
+        """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
+
+        Returns:
+            The state; without dropout. It goes stale when the matrix that projects it changes.
+        """
+        if self.condition_source == "in_sequence":
+            raise UnsupportedError(
+                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
+            )
+        return self._encode(condition, condition_mask)
+
+    def condition_p(self) -> float:
+        """The dropout probability of the condition: none in eval mode, the input's if it has none of its own."""
+        p = self.lora_dropout if self.condition_dropout is None else self.condition_dropout
+        return p if self.training else 0.0
+
+    def _projection(self) -> tuple[Tensor, Tensor | None, int]:
+        return (self.A if self.C is None else self.C), None, self.groups
+
+    def bake_into(
+        self, base_layer: nn.Module, condition: Tensor | ConditionState, condition_mask: Tensor | None = None
+    ) -> nn.Linear:
+        """What :meth:`RoutedLoRA.bake` does, for the update of ``base_layer``."""
+        if not ROUTES[self.routing].linear:
+            raise UnsupportedError(
+                f"{self.label}: routing {self.routing!r} is not linear in its input and cannot be baked"
+            )
+        if (type(base_layer) is not nn.Linear and not is_conv1d(base_layer)) or not dense(base_layer.weight):
+            found = f"{type(base_layer).__name__} with a {type(getattr(base_layer, 'weight', None)).__name__} weight"
+            raise UnsupportedError(f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {found}")
+        if hooked(base_layer):
+            raise UnsupportedError(f"{self.label}: bake cannot take the hooks of the base layer along")
+        with torch.no_grad():
+            wide = torch.float64 if self.A.dtype == torch.float64 else torch.float32
+            state = None
+            if self.routing != "none":
+                held = (
+                    condition
+                    if isinstance(condition, ConditionState)
+                    else self.encode_condition(condition.to(wide), condition_mask)
+                )
+                held.check_fresh(self.label, self.A if self.C is None else self.C)
+                state = held.tensor.to(wide)
+                if state.shape[0] != 1:
+                    raise ConditionShapeError(f"{self.label}: bake takes 1 condition, got {state.shape[0]}")
+                if state.dim() == 3 and ROUTES[self.routing].state == "tokens":
+                    raise UnsupportedError(f"{self.label}: a condition per input token has no single weight to bake")
+            options = Options(
+                1, self.routing, "state", "none", self.condition_scale, self.groups,
+                tuple(bound for pair in self.out_slices or [] for bound in pair), self.out_features, self.scaling,
+                0.0, 0.0, "none", False,
+            )  # fmt: skip
+            # Z = T M + m, read off by routing the identity and zero
+            width = self.A.shape[0]
+            probe = torch.cat([torch.eye(width, dtype=wide), torch.zeros(1, width, dtype=wide)])[None].to(self.A.device)
+            z = reference.route(probe, state, torch.ones(1, width + 1, dtype=torch.bool, device=probe.device), options)
+            constant = z[:, width:]
+            b = self.B.to(wide)
+            through = self.A.to(wide).t() @ (z[0, :width] - constant[0])  # [in, R]
+            delta = self.scaling * reference.up_project(through[None], b, options)[0].t()
+            shift = self.scaling * reference.up_project(constant, b, options)[0, 0]
+            weight = base_layer.weight if type(base_layer) is nn.Linear else base_layer.weight.t()  # type: ignore[operator]
+            has_bias = base_layer.bias is not None or self.routing == "add"
+            baked = nn.Linear(
+                self.in_features, self.out_features, bias=has_bias, device=weight.device, dtype=weight.dtype
+            )
+            baked.weight.copy_(weight.to(wide) + delta)
+            if has_bias:
+                baked.bias.copy_(shift if base_layer.bias is None else base_layer.bias.to(wide) + shift)  # type: ignore[operator]
+        return baked.requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        """The options in the module's printed form."""
+        return f"r={self.r}, routing={self.routing!r}, scaling={self.scaling:g}, source={self.condition_source!r}"
+
+
+class RoutedLoRA(LowRankUpdate):
     """A linear layer with a routed low-rank update: ``out = base(x) + s · ρ(x Aᵀ, y Cᵀ) B̂ᵀ`` (Qu et al., ECCV 2024).
 
     Drop-in: ``layer.q_proj = RoutedLoRA(layer.q_proj, r=16, routing="gram")``. The base layer is called, never copied;
@@ -204,68 +427,13 @@ class RoutedLoRA(RoutedLayer):
         ValueError: an option out of range.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 16,
-        *,
-        routing: str = "gram",
-        condition_features: int | None = None,
-        condition_source: str = "external",
-        condition_pool: str = "auto",
-        condition_scale: str = "tokens",
-        lora_dropout: float = 0.0,
-        condition_dropout: float | None = None,
-        use_rslora: bool = False,
-        out_slices: Sequence[tuple[int, int]] | None = None,
-        route_across_slices: bool = False,
-        missing: str = "error",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(r, routing, condition_pool, condition_scale, missing, backend)
-        self.condition_source = one_of("condition_source", condition_source, ("external", "in_sequence"))
-        if condition_source == "in_sequence" and condition_features is not None:
-            raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
-        for argument, p in (("lora_dropout", lora_dropout), ("condition_dropout", condition_dropout)):
-            if p is not None and not 0 <= p <= 1:
-                raise ValueError(f"{argument} must lie in [0, 1], got {p}")
+    base_layer: nn.Module
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    condition_A: nn.Parameter | None
+
+    def _hold(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear_features(base_layer)
-        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.lora_dropout, self.condition_dropout = lora_dropout, condition_dropout
-        self.out_slices = [(int(start), int(stop)) for start, stop in out_slices] if out_slices else None
-        before = 0
-        for start, stop in sorted(self.out_slices or []):
-            if not before <= start < stop <= self.out_features:
-                raise ValueError(
-                    f"out_slices: ({start}, {stop}) is empty, overlaps another slice or does not lie in the "
-                    f"{self.out_features} outputs"
-                )
-            before = stop
-        self.route_across_slices = route_across_slices
-        count = len(self.out_slices) if self.out_slices else 1
-        outputs = sum(stop - start for start, stop in self.out_slices) if self.out_slices else self.out_features
-        self.groups = 1 if route_across_slices else count
-
-        like = parameter_options(base_layer)
-        self.lora_A = nn.Parameter(torch.empty(r * count, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, r, **like))
-        self.condition_A: nn.Parameter | None = None
-        if condition_features is not None and routing != "none":
-            self.condition_A = nn.Parameter(torch.empty(r * count, condition_features, **like))
-        self.reset_parameters()
-
-    def reset_parameters(self, init: str = "kaiming") -> None:
-        """lora_A and condition_A Kaiming-uniform with a = √5 ("kaiming") or N(0, 1/r) ("gaussian"); lora_B zero."""
-        one_of("init", init, ("kaiming", "gaussian"))
-        for projection in (self.lora_A, self.condition_A):
-            if projection is not None and init == "kaiming":
-                nn.init.kaiming_uniform_(projection, a=math.sqrt(5))
-            elif projection is not None:
-                nn.init.normal_(projection, std=1 / self.r)
-        nn.init.zeros_(self.lora_B)
 
     @classmethod
     def from_features(
@@ -322,60 +490,10 @@ class RoutedLoRA(RoutedLayer):
             ConditionShapeError: sizes, dtypes or devices do not fit.
             StaleStateError: the state is older than the parameters.
         """
-        given = self._delivered(x, condition, condition_mask, condition_index, input_mask)
-        if given is None and self.missing == "base":
-            return self._touch(self.base_layer(x), self.lora_A, self.lora_B, self.condition_A)
-        routing = self.routing if given is not None else "none"
-        y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
-        p = self.lora_dropout if self.training else 0.0
-        options: dict[str, Any] = dict(
-            routing=routing, scaling=self.scaling, mask=mask, index=index, input_mask=valid, pool=self.condition_pool,
-            scale=self.condition_scale, dropout_p=p, condition_dropout_p=self.condition_p(), out_slices=self.out_slices,
-            route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
-            condition_cu_seqlens=condition_cu_seqlens, backend=self.backend,
+        return self.add_to(
+            self.base_layer, x, condition, condition_mask, condition_index, input_mask=input_mask,
+            cu_seqlens=cu_seqlens, condition_cu_seqlens=condition_cu_seqlens,
         )  # fmt: skip
-        c = self.condition_A
-        if may_read_weight(self.base_layer, x):
-            w = self.weight if type(self.base_layer) is nn.Linear else self.weight.t()
-            out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, W=w, bias=self.bias, **options)
-            return out if given is not None else self._touch(out, c)
-        base: Tensor = self.base_layer(x)
-        if x.requires_grad and not base.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{self.label}: the base layer gives its input no gradient, as layers that are quantised for inference "
-                "do; what comes before it is trained by the update's part alone",
-                stacklevel=2,
-            )
-        options["out_features"] = self.out_features
-        wanted = (*x.shape[:-1], self.out_features)
-        if type(base) is Tensor and base.dtype == functional.compute_dtype(x) and base.shape == wanted:
-            # Read once and written to a tensor of our own: the base layer's output may be something its own backward,
-            # a hook or a cache still reads.
-            out = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, base=base, **options)
-        else:
-            update = functional.apply(self.label, x, self.lora_A, y, self.lora_B, c, **options)
-            out = base + update.to(base.dtype).reshape(base.shape)
-        return out if given is not None else self._touch(out, c)
-
-    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
-        """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
-
-        Returns:
-            The state; without dropout. It goes stale when ``lora_A`` or ``condition_A`` change.
-        """
-        if self.condition_source == "in_sequence":
-            raise UnsupportedError(
-                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
-            )
-        return self._encode(condition, condition_mask)
-
-    def condition_p(self) -> float:
-        """The dropout probability of the condition: none in eval mode, the input's if it has none of its own."""
-        p = self.lora_dropout if self.condition_dropout is None else self.condition_dropout
-        return p if self.training else 0.0
-
-    def _projection(self) -> tuple[Tensor, Tensor | None, int]:
-        return (self.lora_A if self.condition_A is None else self.condition_A), None, self.groups
 
     def bake(self, condition: Tensor | ConditionState, condition_mask: Tensor | None = None) -> nn.Linear:
         """One condition fixed for good: the plain ``nn.Linear`` that this layer then is, exactly.
@@ -388,67 +506,11 @@ class RoutedLoRA(RoutedLayer):
             A Linear with weight W + s B̂ M A in the base weight's dtype (and a bias where there is one or ``add`` makes
             one). Routes that are not linear in T, and quantised bases, raise UnsupportedError.
         """
-        if not ROUTES[self.routing].linear:
-            raise UnsupportedError(
-                f"{self.label}: routing {self.routing!r} is not linear in its input and cannot be baked"
-            )
-        base = self.base_layer
-        if (type(base) is not nn.Linear and not is_conv1d(base)) or not _dense(base.weight):
-            raise UnsupportedError(
-                f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {type(base).__name__}"
-            )
-        if _hooked(base):
-            raise UnsupportedError(f"{self.label}: bake cannot take the hooks of the base layer along")
-        with torch.no_grad():
-            wide = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
-            state = None
-            if self.routing != "none":
-                held = (
-                    condition
-                    if isinstance(condition, ConditionState)
-                    else self.encode_condition(condition.to(wide), condition_mask)
-                )
-                held.check_fresh(self.label, self.lora_A if self.condition_A is None else self.condition_A)
-                state = held.tensor.to(wide)
-                if state.shape[0] != 1:
-                    raise ConditionShapeError(f"{self.label}: bake takes 1 condition, got {state.shape[0]}")
-                if state.dim() == 3 and ROUTES[self.routing].state == "tokens":
-                    raise UnsupportedError(f"{self.label}: a condition per input token has no single weight to bake")
-            options = Options(
-                1, self.routing, "state", "none", self.condition_scale, self.groups,
-                tuple(bound for pair in self.out_slices or [] for bound in pair), self.out_features, self.scaling,
-                0.0, 0.0, "none", False,
-            )  # fmt: skip
-            # Z = T M + m, read off by routing the identity and zero
-            width = self.lora_A.shape[0]
-            probe = torch.cat([torch.eye(width, dtype=wide), torch.zeros(1, width, dtype=wide)])[None].to(
-                self.lora_A.device
-            )
-            z = reference.route(probe, state, torch.ones(1, width + 1, dtype=torch.bool, device=probe.device), options)
-            constant = z[:, width:]
-            b = self.lora_B.to(wide)
-            through = self.lora_A.to(wide).t() @ (z[0, :width] - constant[0])  # [in, R]
-            delta = self.scaling * reference.up_project(through[None], b, options)[0].t()
-            shift = self.scaling * reference.up_project(constant, b, options)[0, 0]
-            weight = base.weight if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
-            has_bias = base.bias is not None or self.routing == "add"
-            baked = nn.Linear(
-                self.in_features, self.out_features, bias=has_bias, device=weight.device, dtype=weight.dtype
-            )
-            baked.weight.copy_(weight.to(wide) + delta)
-            if has_bias:
-                baked.bias.copy_(shift if base.bias is None else base.bias.to(wide) + shift)  # type: ignore[operator]
-        return baked.requires_grad_(False)
+        return self.bake_into(self.base_layer, condition, condition_mask)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises: there is no weight without a condition."""
-        raise UnsupportedError(
-            "a routed adapter depends on the condition and has no condition-free merged weight; use bake(condition)"
-        )
-
-    def extra_repr(self) -> str:
-        """The options in the module's printed form."""
-        return f"r={self.r}, routing={self.routing!r}, scaling={self.scaling:g}, source={self.condition_source!r}"
+        no_merge()
 
 
 class RoutedAdapter(RoutedLayer):
@@ -569,72 +631,8 @@ class RoutedAdapter(RoutedLayer):
         return f"d_model={self.d_model}, r={self.r}, routing={self.routing!r}, activation={self.activation!r}"
 
 
-# ------------------------------------------------------------------------------------------------ base layers
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is exactly transformers' Conv1D (weight [in, out]), without importing transformers."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def linear_features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer of any make; TypeError if it does not say."""
-    if is_conv1d(module):
-        rows, columns = module.weight.shape  # type: ignore[misc]
-        return int(rows), int(columns)
-    try:
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    except AttributeError:
-        raise TypeError(f"base_layer must have in_features and out_features, got {type(module).__name__}") from None
-
-
-def parameter_options(base_layer: nn.Module) -> dict[str, Any]:
-    """Device and dtype of the adapter's parameters: the base weight's, but float32 below single precision."""
-    tensor = getattr(base_layer, "weight", None)
-    if not isinstance(tensor, Tensor):
-        tensor = next((t for t in (*base_layer.parameters(), *base_layer.buffers())), None)
-    wide = tensor is not None and tensor.dtype == torch.float64
-    return {"device": None if tensor is None else tensor.device, "dtype": torch.float64 if wide else torch.float32}
-
-
-def may_read_weight(base: nn.Module, x: Tensor) -> bool:
-    """Whether computing from ``base.weight`` is the same as calling ``base(x)``.
-
-    Only for an untouched nn.Linear or Conv1D: no hook of its own or global, no replaced forward, no parametrisation, a
-    plain dense weight where x is and in the dtype that is computed in. Everything else (FSDP, offload hooks, quantised
-    or subclassed layers, autocast's cached casts) wants to be called.
-    """
-    if type(base) is not nn.Linear and not is_conv1d(base):
-        return False
-    own = base.__dict__
-    if (
-        _hooked(base)
-        or "forward" in own
-        or nn.Linear.forward is not _LINEAR_FORWARD
-        or "weight" not in own["_parameters"]
-        or own.get("parametrizations") is not None
-    ):
-        return False
-    if not all(t is None or (_dense(t) and t.device == x.device) for t in (base.weight, base.bias)):
-        return False
-    return bool(base.weight.dtype == functional.compute_dtype(x))
-
-
-def _hooked(base: nn.Module) -> bool:
-    own = base.__dict__
-    return any(own.get(hooks) for hooks in _HOOKS) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS)
-
-
-def _dense(tensor: Any) -> bool:
-    """A plain tensor whose memory holds the values."""
-    plain = type(tensor) in (nn.Parameter, Tensor)
-    return plain and tensor.layout == torch.strided and tensor.device.type != "meta"
-
-
-_LINEAR_FORWARD = nn.Linear.forward
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+def no_merge() -> NoReturn:
+    """What merging raises."""
+    raise UnsupportedError(
+        "a routed adapter depends on the condition and has no condition-free merged weight; use bake(condition)"
+    )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from .base_layers import parameter_options
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .delivery import CallKeywords, Slot, unbind_checkpoints
 from .errors import AdapterFileError, ConditionShapeError, RoutedPeftError
 from .joint import JointLayers
-from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA, parameter_options
+from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA
 from .taps import Tap, find_tap
 from .targets import modules_to_save, output_width, select
 
@@ -61,6 +63,35 @@ class CheckReport:
         return text + (f"; never ran: {', '.join(self.never_ran)}" if self.never_ran else "")
 
 
+class Wiring:
+    """What brings the condition of a model's call to the layers, through ``slot``: the call's keywords and a tap."""
+
+    def __init__(self, model: nn.Module, slot: Slot, tap: Tap | None, join_conditions: bool = False) -> None:
+        self.model, self.slot, self.tap = model, slot, tap
+        self.keywords: list[CallKeywords] = []
+
+        def joint(part: nn.Module) -> JointLayers | None:
+            return JointLayers(part) if join_conditions else None
+
+        try:
+            if tap is not None:
+                tap.install(slot, joint(model))
+            self.keywords.append(CallKeywords(model, slot, joint(model)))  # after the tap's hooks, that run within
+            for part in _called_by_generate(model):
+                self.keywords.append(CallKeywords(part, slot, joint(part), inner=True))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Hooks, methods and checkpoint functions as they were."""
+        if self.tap is not None:
+            self.tap.remove()
+        for keywords in self.keywords:
+            keywords.remove()
+        unbind_checkpoints(self.model)
+
+
 @dataclass
 class _Attached:
     """What attach has to remember: it hangs on the model as ``_routed_peft``."""
@@ -69,8 +100,7 @@ class _Attached:
     report: AttachReport
     saved: list[str]  # paths of modules_to_save
     requires_grad: dict[str, bool]  # of every parameter, as attach found it
-    keywords: list[CallKeywords]
-    tap: Tap | None
+    wiring: Wiring
 
 
 class AdaptedModule(nn.Module):
@@ -147,14 +177,7 @@ def attach(
     if held is not None:
         raise RoutedPeftError(f"{type(model).__name__} already holds a routed layer, '{held}'; detach the model first")
     saved = modules_to_save(model, config)
-    chosen, skipped = select(model, config, saved)
-    found = find_tap(model, config.tap, getattr(config, "condition_source", "external") == "in_sequence")
-    if found is not None:
-        early = [name for name in chosen if not found.reaches(name)]
-        skipped.update((name, f"it runs where the {found.description} is not known") for name in early)
-        chosen = {name: module for name, module in chosen.items() if name not in early}
-        if not chosen:
-            raise RoutedPeftError(f"{len(early)} modules match, such as '{early[0]}', but {skipped[early[0]]}")
+    chosen, skipped, found = choose(model, config, saved)
     slot = Slot()
     layers: dict[int, nn.Module] = {}  # by base layer, which may be in the model more than once
     for name, module in chosen.items():
@@ -166,18 +189,9 @@ def attach(
 
     before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     report = AttachReport(list(chosen), skipped, None if found is None else found.description)
-    record = _Attached(config, report, saved, before, [], found)
-    model._routed_peft = record  # type: ignore[assignment]
-
-    def joint(part: nn.Module) -> JointLayers | None:
-        return JointLayers(part) if join_conditions else None
-
+    wiring = Wiring(model, slot, found, join_conditions)
+    model._routed_peft = _Attached(config, report, saved, before, wiring)  # type: ignore[assignment]
     try:
-        if found is not None:
-            found.install(slot, joint(model))
-        record.keywords.append(CallKeywords(model, slot, joint(model)))  # after the tap's hooks, that run within
-        for part in _called_by_generate(model):
-            record.keywords.append(CallKeywords(part, slot, joint(part), inner=True))
         model.requires_grad_(False)
         for name in saved:
             for p in model.get_submodule(name).parameters():
@@ -188,6 +202,21 @@ def attach(
         detach(model)
         raise
     return report
+
+
+def choose(
+    model: nn.Module, config: RoutedConfig, saved: list[str], hits: dict[str, nn.Module] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str], Tap | None]:
+    """As ``targets.select``, without the modules that run before the condition is tapped; and the tap."""
+    chosen, skipped = select(model, config, saved, hits)
+    found = find_tap(model, config.tap, getattr(config, "condition_source", "external") == "in_sequence")
+    if found is not None:
+        early = [name for name in chosen if not found.reaches(name)]
+        skipped.update((name, f"it runs where the {found.description} is not known") for name in early)
+        chosen = {name: module for name, module in chosen.items() if name not in early}
+        if not chosen:
+            raise RoutedPeftError(f"{len(early)} modules match, such as '{early[0]}', but {skipped[early[0]]}")
+    return chosen, skipped, found
 
 
 def detach(model: nn.Module) -> None:
@@ -203,11 +232,7 @@ def detach(model: nn.Module) -> None:
         layer = model.get_submodule(name)
         if isinstance(layer, (RoutedLoRA, AdaptedModule)):  # else a shared parent, restored under its other name
             model.set_submodule(name, layer.base_layer)
-    if record.tap is not None:
-        record.tap.remove()
-    for keywords in record.keywords:
-        keywords.remove()
-    unbind_checkpoints(model)
+    record.wiring.remove()
     del model._routed_peft
     for name, p in model.named_parameters(remove_duplicate=False):
         p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
@@ -309,6 +334,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     ``routed_config.json`` is the config; ``routed_adapter.safetensors`` holds the adapter's parameters under
     ``<module path>.lora_A`` and so on, and the parameters and buffers of ``modules_to_save`` under their own names.
+    Of a model that is sharded (FSDP2) every rank must call this: the shards are put together, and rank 0 writes.
 
     Raises:
         AdapterFileError: something else is trainable too, and would be lost.
@@ -319,6 +345,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     from . import __version__
 
     record = _record(model)
+    _reshard(model)
     tensors = _file_tensors(model, record)
     kept = {id(tensor) for tensor in tensors.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
@@ -327,21 +354,27 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             f"trainable parameters outside the adapter would be lost: {', '.join(lost)}; "
             "list them in modules_to_save or freeze them"
         )
-    about = {"routed_peft_version": __version__, "base_model_type": _model_type(model)}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     # Copies, because safetensors refuses tensors that share memory (tied weights).
-    copies = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    save_file(copies, path / TENSOR_FILE, metadata={"format": "pt"})
-    text = json.dumps({**record.config.to_dict(), **about}, indent=2)
-    (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    copies = {key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    try:
+        if not sharded or distributed.get_rank() == 0:
+            about = {"routed_peft_version": __version__, "base_model_type": _model_type(model)}
+            path = Path(path)
+            path.mkdir(parents=True, exist_ok=True)
+            save_file(copies, path / TENSOR_FILE, metadata={"format": "pt"})
+            text = json.dumps({**record.config.to_dict(), **about}, indent=2)
+            (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    finally:
+        if sharded:
+            distributed.barrier()  # the files are there for every rank that returns
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
     """Load what :func:`save_adapter` wrote, attaching it first if ``model`` has no adapter yet.
 
-    Values are copied into the existing parameters, whatever their device and dtype. After an error the model is as it
-    was.
+    Values are copied into the existing parameters, whatever their device, dtype and sharding (FSDP2: on every rank).
+    After an error the model is as it was.
 
     Returns:
         The report of :func:`attach`.
@@ -354,6 +387,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
     fresh = "_routed_peft" not in model.__dict__
     if fresh:
         attach(model, config)
+    _reshard(model)
     record = _record(model)
     try:
         if record.config != config:
@@ -379,7 +413,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
         raise
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+            tensor.copy_(_sharded_like(tensor, tensors[key]) if is_sharded(tensor) else tensors[key])
     return record.report
 
 
@@ -416,6 +450,32 @@ def _file_tensors(model: nn.Module, record: _Attached) -> dict[str, Tensor]:
                 raise AdapterFileError(f"'{name}.{key}' in modules_to_save is a {type(tensor).__name__}, not a tensor")
             tensors[f"{name}.{key}"] = tensor
     return tensors
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes them; without importing those, which takes half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, put together if it is sharded; every rank must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the parameters that it has put together: what is written to those does not reach the shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            module.reshard()
+
+
+def _sharded_like(tensor: Any, value: Tensor) -> Tensor:
+    """This rank's part of ``value``, which every rank has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(tensor.device, tensor.dtype)
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def _model_type(model: nn.Module) -> str:

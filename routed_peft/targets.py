@@ -7,9 +7,9 @@ from typing import NoReturn
 
 from torch import nn
 
+from .base_layers import is_conv1d, linear_features
 from .config import ALL_LINEAR, RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig, ends_in, matches
 from .errors import RoutedPeftError, UnsupportedError
-from .modules import is_conv1d, linear_features
 from .routes import ROUTES
 
 # Parts of paths that "all-linear" leaves alone.
@@ -26,18 +26,27 @@ _TOWER, _PROJECTOR, _HEAD = "part of a vision or audio tower", "part of a projec
 _NOT_LINEAR = "not a linear layer"
 
 
-def select(model: nn.Module, config: RoutedConfig, saved: list[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules to adapt by path, and those that are left alone though ``target_modules`` selects them."""
+def select(
+    model: nn.Module, config: RoutedConfig, saved: list[str], hits: dict[str, nn.Module] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules to adapt by path, and those that are left alone though ``target_modules`` selects them.
+
+    Args:
+        model: the model.
+        config: what to adapt.
+        saved: paths of ``modules_to_save``.
+        hits: what ``target_modules`` selects, if somebody else has found that out.
+    """
     targets = config.target_modules
     lora = isinstance(config, RoutedLoRAConfig)
     every = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    hits = [n for n, m in every.items() if (_is_linear(m) if targets == ALL_LINEAR else matches(targets, n))]
-    roles = _roles(model, {name: every[name] for name in hits}) if targets == ALL_LINEAR else {}
+    if hits is None:
+        hits = {n: m for n, m in every.items() if (is_linear(m) if targets == ALL_LINEAR else matches(targets, n))}
+    roles = _roles(model, hits) if targets == ALL_LINEAR else {}
     causal = not ROUTES[config.routing].causal and _is_causal(model)
     chosen: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    for name in hits:
-        module = every[name]
+    for name, module in hits.items():
         if config.exclude_modules and matches(config.exclude_modules, name):
             skipped[name] = "in exclude_modules"
         elif name in roles:
@@ -46,7 +55,7 @@ def select(model: nn.Module, config: RoutedConfig, saved: list[str]) -> tuple[di
             if not isinstance(targets, str):
                 raise UnsupportedError(f"'{name}' cannot be adapted: {reason}; name it in exclude_modules")
             skipped[name] = reason
-        elif lora and not _is_linear(module):
+        elif lora and not is_linear(module):
             skipped[name] = _NOT_LINEAR
         else:
             chosen[name] = module
@@ -54,7 +63,7 @@ def select(model: nn.Module, config: RoutedConfig, saved: list[str]) -> tuple[di
         one = entry if isinstance(targets, str) else [entry]
         got = [n for n in hits if (targets == ALL_LINEAR or matches(one, n)) and skipped.get(n) != _NOT_LINEAR]
         if not got:
-            candidates = [name for name, module in every.items() if _is_linear(module) or not lora]
+            candidates = [name for name, module in every.items() if is_linear(module) or not lora]
             _no_match(model, f"target_modules={one!r}", "Linear/Conv1D module" if lora else "module", entry, candidates)
     if not chosen:
         first, reason = next(iter(skipped.items()))
@@ -94,7 +103,7 @@ def _refusal(
             return f"a {type(module).__name__} has no forward"
         if output_width(model, name, module) is None:
             return "the width of its output is unknown: not a linear layer, and no hidden_size in the model's config"
-        if config.placement == "parallel" and _is_linear(module) and len(set(linear_features(module))) == 2:
+        if config.placement == "parallel" and is_linear(module) and len(set(linear_features(module))) == 2:
             inputs, outputs = linear_features(module)
             return f"placement='parallel' needs equal widths, it has {inputs} inputs and {outputs} outputs"
     return None
@@ -121,15 +130,15 @@ def _roles(model: nn.Module, hits: dict[str, nn.Module]) -> dict[str, str]:
     return roles
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, Conv1D, or a (quantised) layer that has their two sizes."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear, Conv1D, or a (quantised) layer that has their two sizes."""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return is_conv1d(module) or all(isinstance(size, int) for size in sizes)
 
 
 def output_width(model: nn.Module, name: str, module: nn.Module) -> int | None:
     """The width of a module's output: a linear layer's own, else the hidden size of the config it belongs to."""
-    if _is_linear(module):
+    if is_linear(module):
         return linear_features(module)[1]
     config = getattr(model, "config", None)
     if set(name.split(".")) & _TOWERS and hasattr(config, "vision_config"):

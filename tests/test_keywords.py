@@ -86,7 +86,7 @@ def test_a_hook_that_raises_before_the_call_leaves_the_slot_alone():
 def test_a_call_that_broke_off_without_its_hooks_leaves_no_condition():
     """Under torch.compile an exception skips the hook that ends the call."""
     model, batch = attached(), batch_of(attached())
-    model._routed_peft.keywords[0].before(model, (), {"routed_condition": torch.randn(2, 4, DC)})
+    model._routed_peft.wiring.keywords[0].before(model, (), {"routed_condition": torch.randn(2, 4, DC)})
     with pytest.raises(rp.MissingConditionError):
         model(**batch)
 
@@ -233,7 +233,7 @@ def test_copies_take_the_keywords_themselves():
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         assert (
             twin.forward.module is twin
-            and twin._routed_peft.keywords[0].slot is not model._routed_peft.keywords[0].slot
+            and twin._routed_peft.wiring.keywords[0].slot is not model._routed_peft.wiring.keywords[0].slot
         )
         assert torch.equal(output_of(twin(**batch, routed_condition=y)), want)
         assert twin.generate(**batch, routed_condition=y, max_new_tokens=2).shape[0] == 2

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from transformers.pytorch_utils import Conv1D
 
 import routed_peft as rp
-from routed_peft.modules import may_read_weight, parameter_options
+from routed_peft.base_layers import may_read_weight, parameter_options
 from routed_peft.routes import ROUTES
 
 DC = 12

@@ -739,3 +739,15 @@ def test_a_config_changed_after_attach_changes_nothing_that_is_saved(tmp_path):
     layers = [next(m for m in each.modules() if isinstance(m, rp.RoutedLoRA)) for each in (model, other)]
     assert layers[0].routing == layers[1].routing == "gram"
     assert layers[0].scaling == layers[1].scaling
+
+
+def test_offloaded_weights_are_fetched_by_their_hooks():
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    rp.attach(model, lora(["q_proj", "down_proj"]))
+    awaken(model)
+    batch, y = batch_of(model), torch.randn(2, 3, DC)
+    wanted = run(model, batch, y)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())  # where nothing can be read behind the hooks' back
+    assert torch.equal(run(model, batch, y), wanted)

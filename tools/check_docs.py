@@ -2,7 +2,7 @@
 
 Without an argument: every python block of README.md runs, every path that README.md, CONTRIBUTING.md
 and docs/ name exists, and every name in routed_peft.__all__ has a docstring. The blocks of
-docs/models.md run in tests/test_docs_models.py, on tiny models.
+docs/ run in tests/test_docs_models.py and tests/test_docs_training.py, on tiny models.
 With a heading of README.md as argument, say Tests: print the first code block under it.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/models.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/models.md", "docs/training.md"]
 BLOCK_SECONDS = 300
 
 SOURCE_SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", ".sh", ".yml"}

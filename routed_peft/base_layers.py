@@ -1,0 +1,82 @@
+"""Linear layers of any make, as the layers that wrap them see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import functional
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is exactly transformers' Conv1D (weight [in, out]), without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer of any make; TypeError if it does not say."""
+    if is_conv1d(module):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return int(rows), int(columns)
+    try:
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    except AttributeError:
+        raise TypeError(f"base_layer must have in_features and out_features, got {type(module).__name__}") from None
+
+
+def parameter_options(base_layer: nn.Module) -> dict[str, Any]:
+    """Device and dtype of the adapter's parameters: the base weight's, but float32 below single precision."""
+    tensor = getattr(base_layer, "weight", None)
+    if not isinstance(tensor, Tensor):
+        tensor = next((t for t in (*base_layer.parameters(), *base_layer.buffers())), None)
+    wide = tensor is not None and tensor.dtype == torch.float64
+    return {"device": None if tensor is None else tensor.device, "dtype": torch.float64 if wide else torch.float32}
+
+
+def may_read_weight(base: nn.Module, x: Tensor) -> bool:
+    """Whether computing from ``base.weight`` is the same as calling ``base(x)``.
+
+    Only for an untouched nn.Linear or Conv1D: no hook of its own or global, no replaced forward, no parametrisation, a
+    plain dense weight where x is and in the dtype that is computed in. Everything else (FSDP, offload hooks, quantised
+    or subclassed layers, autocast's cached casts) wants to be called.
+    """
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return False
+    own = base.__dict__
+    if (
+        hooked(base)
+        or "forward" in own
+        or nn.Linear.forward is not _LINEAR_FORWARD
+        or "weight" not in own["_parameters"]
+        or own.get("parametrizations") is not None
+    ):
+        return False
+    if not all(t is None or (dense(t) and t.device == x.device) for t in (base.weight, base.bias)):
+        return False
+    return bool(base.weight.dtype == functional.compute_dtype(x))
+
+
+def hooked(base: nn.Module) -> bool:
+    """Whether a call of ``base`` runs hooks: its own, those of all modules, or accelerate's."""
+    own = base.__dict__
+    return any(own.get(hooks) for hooks in _HOOKS) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS)
+
+
+def dense(tensor: Any) -> bool:
+    """A plain tensor whose memory holds the values."""
+    plain = type(tensor) in (nn.Parameter, Tensor)
+    return plain and tensor.layout == torch.strided and tensor.device.type != "meta"
+
+
+_LINEAR_FORWARD = nn.Linear.forward
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
