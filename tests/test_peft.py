@@ -481,6 +481,27 @@ def test_in_sequence_with_an_adapter_for_each_sample():
         assert torch.equal(got[row], alone[0]), row
 
 
+def test_beams_share_the_condition_of_their_sample():
+    """Given around the call, a condition is not repeated for the beams, as generate does with the keyword's."""
+    model = two_adapters()
+    ids, y = torch.randint(3, 50, (3, 5)), condition(3)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+    options["adapter_names"] = ["b", "a", "b"]
+    wanted = model.generate(input_ids=ids, routed_condition=y, **options)
+    with rp.condition(model, y):
+        assert torch.equal(model.generate(input_ids=ids, **options), wanted)
+
+
+def test_the_base_layer_s_output_is_not_written_to():
+    model = two_adapters()
+    layer = adapted(model)["model.layers.0.self_attn.q_proj"]
+    held = []
+    layer.base_layer.register_forward_hook(lambda module, args, out: held.append((out, out.clone())))
+    with rp.condition(model, condition()), torch.no_grad():
+        layer(torch.randn(2, 5, D), adapter_names=["a", "b"])
+    assert len(held) == 1 and torch.equal(*held[0])
+
+
 def test_flat_inputs_with_an_adapter_for_each_sample():
     model = two_adapters()
     layer = adapted(model)["model.layers.0.self_attn.q_proj"]
@@ -552,6 +573,14 @@ def test_rank_and_alpha_patterns_and_rslora(tmp_path):
         wrapped(rank_pattern={"nope": 2})
 
 
+def test_init():
+    model = peft.get_peft_model(llama(), config(init="gaussian", r=8))
+    layers = adapted(model).values()
+    a = torch.cat([layer.rpeft_update["default"].A.flatten() for layer in layers])
+    assert a.std().item() == pytest.approx(1 / 8, rel=0.1)  # by default uniform with a deviation of 1 / sqrt(3 · in)
+    assert all(layer.rpeft_update["default"].B.abs().max() == 0 for layer in layers)
+
+
 def test_all_linear_leaves_towers_projectors_and_heads_alone(tmp_path):
     base = llava()
     batch = image_batch(base)
@@ -567,6 +596,11 @@ def test_all_linear_leaves_towers_projectors_and_heads_alone(tmp_path):
     assert torch.equal(logits(loaded, batch), logits(model, batch))
     model.add_adapter("more", config("all-linear", **options))
     assert list(adapted(model)) == report.names
+
+
+def test_exclude_modules():
+    model = wrapped(exclude_modules=["down_proj", "layers.0.self_attn.q_proj"])
+    assert list(adapted(model)) == ["model.layers.1.self_attn.q_proj"]
 
 
 def test_layers_to_transform():
@@ -683,6 +717,14 @@ def test_merging_raises():
             merge()
     batch, y = batch_of(model), condition()
     assert logits(model, batch, y).isfinite().all()  # nothing was changed
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about the tied embedding
+def test_merging_raises_before_anything_is_unloaded():
+    model = wrapped(modules_to_save=["embed_tokens"])  # comes before the first adapted layer
+    with pytest.raises(rp.UnsupportedError):
+        model.merge_and_unload()
+    assert type(model.get_base_model().model.embed_tokens).__name__ == "ModulesToSaveWrapper"
 
 
 def test_weighted_adapters_are_refused():
