@@ -19,6 +19,15 @@ PROGRAM = Path(__file__).with_name("distributed_cases.py")
 SECONDS = 400  # for both processes; a minute is enough on an idle machine
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the two processes: gradients that nearly cancel show in which order torch adds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What two processes found, and the folder that they wrote to."""
