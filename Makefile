@@ -42,7 +42,7 @@ SANITIZE ?= OFF
 CUDA ?= AUTO
 CMAKE_BUILD = cmake --build build/cmake --parallel $(or $(MAX_JOBS),2)
 
-.PHONY: help demo finetune test bench lint kernels kernel-report cuda-wheel-check gpu-check venv inplace clean
+.PHONY: help demo finetune test bench lint mutants kernels kernel-report cuda-wheel-check gpu-check venv inplace clean
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 
@@ -67,6 +67,9 @@ lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(BIN)clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
 	$(PYTHON) -m mypy
 	$(PYTHON) tools/mutate.py --check
+
+mutants:  ## break the kernels one by one, and see that their tests notice
+	$(PYTHON) tools/mutate.py $(ARGS)
 
 kernels:  ## C++ core, kernels and their tests, without torch; SANITIZE=ON for ASan and UBSan, CUDA=OFF without nvcc
 	cmake -S . -B build/cmake -DRP_SANITIZE=$(SANITIZE) -DRP_CUDA=$(CUDA)
