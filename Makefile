@@ -74,7 +74,7 @@ mutants:  ## break the kernels one by one, and see that their tests notice
 kernels:  ## C++ core, kernels and their tests, without torch; SANITIZE=ON for ASan and UBSan, CUDA=OFF without nvcc
 	cmake -S . -B build/cmake -DRP_SANITIZE=$(SANITIZE) -DRP_CUDA=$(CUDA)
 	$(CMAKE_BUILD)
-	ctest --test-dir build/cmake --output-on-failure
+	ctest --test-dir build/cmake --output-on-failure --parallel 2
 
 kernel-report: $(DISASSEMBLER)  ## what nvcc made of the kernels, held against tools/ptxas_table.csv; ARGS=--update
 	cmake -S . -B build/cmake -DRP_CUDA=ON

@@ -642,8 +642,11 @@ class BoundCheckpoint:
         if torch.compiler.is_compiling():  # the tracer refuses the slot's side effects, and its graph has y as an input
             return self.function(run, *args, **kwargs)
         # A slot filled before the running backward says nothing about this recomputation: the layers shall refuse it.
+        # A reentrant segment runs a backward of its own. A matrix that is used in it and in the joint product would get
+        # its gradient in two steps, and whoever waits for the gradient (DDP) takes the first for all of it.
+        reentrant = getattr(self.function, "keywords", {}).get("use_reentrant", True)
         taken = [
-            (slot, value, _joint_parts(value, args))
+            (slot, value, [part for part in _joint_parts(value, args) if not (reentrant and part.shared)])
             for slot, value in ((slot, slot.value()) for slot in self.slots if not slot.outlived())
         ]
 

@@ -41,14 +41,18 @@ class JointLayers:
 
 
 class Part(NamedTuple):
-    """What one product gave: the states of ``layers``, which compute in ``dtype``, beside one another in ``tensor``."""
+    """What one product gave: the states of layers that compute in ``dtype``, beside one another in ``tensor``.
+
+    ``places`` has the first and the number of a layer's columns, which are dimension ``dim``. ``shared``: the layers
+    project the condition with the matrix that their inputs go through too.
+    """
 
     tensor: Tensor
     dtype: torch.dtype
-    layers: list[RoutedLayer]
+    places: dict[RoutedLayer, tuple[int, int]]
     routing: str
-    widths: list[int]
     dim: int
+    shared: bool
 
 
 class Handed:
@@ -57,14 +61,15 @@ class Handed:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._held = parts
         self._states: dict[tuple[RoutedLayer, torch.dtype], ConditionState] = {}
-        for part in parts:
-            for layer, piece in zip(part.layers, torch.split(part.tensor, part.widths, part.dim), strict=True):
-                state = ConditionState(part.routing, piece, versions_of(*layer._projection()[:2]))
-                self._states[layer, part.dtype] = state
 
     def state_of(self, layer: RoutedLayer, dtype: torch.dtype) -> ConditionState | None:
         """The state for ``layer`` computing in ``dtype``; None if it has to encode the condition by itself."""
-        return self._states.get((layer, dtype))
+        key = layer, dtype
+        for part in self._held if key not in self._states else ():
+            if part.dtype == dtype and layer in part.places:  # made when asked for: a segment has few of the layers
+                piece = part.tensor.narrow(part.dim, *part.places[layer])
+                self._states[key] = ConditionState(part.routing, piece, versions_of(*layer._projection()[:2]))
+        return self._states.get(key)
 
     def parts(self, dtype: torch.dtype) -> Sequence[Part]:
         """The products, for layers that compute in ``dtype``."""
@@ -83,13 +88,13 @@ class Joint(Handed):
 
     def __init__(self, layers: Sequence[RoutedLayer], y: Tensor, mask: Tensor | None) -> None:
         super().__init__([])
-        self._layers, self._y, self._mask = layers, y, mask
+        self._layers, self._known, self._y, self._mask = layers, set(layers), y, mask
         # by dtype, and by whether gradients are recorded: what is made without would lose them
         self._made: dict[tuple[torch.dtype, bool], Handed] = {}
 
     def state_of(self, layer: RoutedLayer, dtype: torch.dtype) -> ConditionState | None:
         """As :class:`Handed`, made for all layers when the first one asks."""
-        if not any(layer is known for known in self._layers):
+        if layer not in self._known:
             return None  # a replica's, say
         return self._make(dtype).state_of(layer, dtype)
 
@@ -119,21 +124,26 @@ class Joint(Handed):
             backend="reference" if self._y.device.type == "cuda" else first.backend, name=first.label,
         )  # fmt: skip
         by_token = state.tensor.dim() == 3 and ROUTES[first.routing].state == "tokens"
-        widths = [matrix.shape[0] for matrix in matrices]
-        return Part(state.tensor, dtype, layers, first.routing, widths, 2 if by_token else 1)
+        places, column = {}, 0
+        for layer, matrix in zip(layers, matrices, strict=True):
+            places[layer] = column, matrix.shape[0]
+            column += matrix.shape[0]
+        return Part(state.tensor, dtype, places, first.routing, 2 if by_token else 1, first.shares_projection())
 
 
 def _kind(layer: RoutedLayer, y: Tensor) -> Any:
     """What layers have to agree in to be encoded together; None for one that has to encode y by itself."""
     if layer.routing == "none" or layer.condition_source != "external" or layer.condition_p():
         return None  # dropout draws each layer its own mask of y
+    if not y.is_floating_point():
+        return None  # for the layer to refuse
     matrix, bias, groups = layer._projection()
     plain = all(t is None or (type(t) in (nn.Parameter, Tensor) and t.device == y.device) for t in (matrix, bias))
     if not plain or matrix.dim() != 2 or y.dim() not in (2, 3) or matrix.shape[1] != y.shape[-1]:
         return None  # sharded, offloaded, or an error for the layer to tell
     return (
         layer.routing, layer.condition_pool, layer.condition_scale, layer.backend, matrix.dtype, matrix.shape[1],
-        matrix.shape[0] // groups, bias is None,
+        matrix.shape[0] // groups, bias is None, layer.shares_projection(),
     )  # fmt: skip
 
 

@@ -156,6 +156,10 @@ class RoutedLayer(nn.Module):
         """What projects the condition: the matrix, its bias, and how many output slices route on their own."""
         raise NotImplementedError
 
+    def shares_projection(self) -> bool:
+        """Whether the condition is projected with the matrix that the input goes through too."""
+        raise NotImplementedError
+
     def condition_p(self) -> float:
         """The dropout probability of the condition, as the layer runs now."""
         raise NotImplementedError
@@ -276,7 +280,9 @@ class LowRankUpdate(RoutedLayer):
         """
         given = self._delivered(x, condition, condition_mask, condition_index, input_mask)
         if given is None and self.missing == "base":
-            return self._touch(base if isinstance(base, Tensor) else base(x), self.A, self.B, self.C)
+            plain = base if isinstance(base, Tensor) else base(x)
+            self._tell_of_lost_gradient(x, plain)
+            return self._touch(plain, self.A, self.B, self.C)
         routing = self.routing if given is not None else "none"
         y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
         p = self.lora_dropout if self.training else 0.0
@@ -291,18 +297,8 @@ class LowRankUpdate(RoutedLayer):
             w: Any = base.weight if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
             out = functional.apply(self.label, x, a, y, b, c, W=w, bias=base.bias, **options)  # type: ignore[arg-type]
             return out if given is not None else self._touch(out, c)
-        plain: Tensor = base if isinstance(base, Tensor) else base(x)
-        if (
-            x.requires_grad
-            and not plain.requires_grad
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        ):
-            warnings.warn(
-                f"{self.label}: the base layer gives its input no gradient, as layers that are quantised for inference "
-                "do; what comes before it is trained by the update's part alone",
-                stacklevel=2,
-            )
+        plain = base if isinstance(base, Tensor) else base(x)
+        self._tell_of_lost_gradient(x, plain)
         options["out_features"] = self.out_features
         wanted = (*x.shape[:-1], self.out_features)
         if type(plain) is Tensor and plain.dtype == functional.compute_dtype(x) and plain.shape == wanted:
@@ -313,6 +309,15 @@ class LowRankUpdate(RoutedLayer):
             update = functional.apply(self.label, x, a, y, b, c, **options)
             out = plain + update.to(plain.dtype).reshape(plain.shape)
         return out if given is not None else self._touch(out, c)
+
+    def _tell_of_lost_gradient(self, x: Tensor, plain: Tensor) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad or plain.requires_grad:
+            return
+        warnings.warn(
+            f"{self.label}: the base layer gives its input no gradient, as layers that are quantised for inference do; "
+            "what comes before it is trained by the update's part alone",
+            stacklevel=3,
+        )
 
     def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
         """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
@@ -333,6 +338,10 @@ class LowRankUpdate(RoutedLayer):
 
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         return (self.A if self.C is None else self.C), None, self.groups
+
+    def shares_projection(self) -> bool:
+        """Whether A projects the condition too."""
+        return self.C is None
 
     def bake_into(
         self, base_layer: nn.Module, condition: Tensor | ConditionState, condition_mask: Tensor | None = None
@@ -625,6 +634,10 @@ class RoutedAdapter(RoutedLayer):
             return self.condition_down, self.condition_bias, 1
         assert self.down is not None
         return self.down, self.down_bias, 1
+
+    def shares_projection(self) -> bool:
+        """Whether ``down`` projects the condition too."""
+        return self.condition_down is None
 
     def extra_repr(self) -> str:
         """The options in the module's printed form."""

@@ -57,6 +57,9 @@ def cases():
             for missing in ("base", "lora"):
                 config = {"routing": "gram", "missing": missing}
                 add(mode, f"{kind} with missing={missing}, rank 1 has no condition", config, kind=kind, lacking=True)
+    for checkpoint in CHECKPOINTS:  # with a shared lora_A and with a projection of their own
+        add("ddp", "joined, tap", {"condition_features": None}, checkpoint, model="llava", join=True)
+        add("ddp", "joined", {"routing": "gram"}, checkpoint, join=True)
     for routing in ("mul", "gram"):
         add("fsdp", f"{routing}, base layers apart", {"routing": routing}, apart=True)
     add("fsdp", "bfloat16 base", {"routing": "gram"}, dtype=torch.bfloat16)
@@ -64,7 +67,7 @@ def cases():
 
 
 # ------------------------------------------------------------------------------------------------ one case
-def build(model="bert", kind="lora", config=None, dtype=torch.float32):
+def build(model="bert", kind="lora", config=None, dtype=torch.float32, join=False):
     """The model of a case, in every process the same."""
     torch.manual_seed(0)
     base = {"bert": bert, "llama": llama, "llava": llava}[model]().to(dtype)
@@ -78,7 +81,7 @@ def build(model="bert", kind="lora", config=None, dtype=torch.float32):
         rp.attach(base, rp.RoutedAdapterConfig(target_modules=["attention.output"], **options))
     else:
         targets = ["query", "output.dense"] if model == "bert" else ["q_proj"]
-        rp.attach(base, rp.RoutedLoRAConfig(target_modules=targets, **options))
+        rp.attach(base, rp.RoutedLoRAConfig(target_modules=targets, **options), join_conditions=join)
     return awaken(base).train()
 
 

@@ -518,6 +518,15 @@ def test_half_precision_training_keeps_float32_gradients(kernels):
         assert (tensor.double() - want[name]).norm() < 0.02 * want[name].norm(), name
 
 
+@pytest.mark.parametrize("routing, pool", [("mul", "mean"), ("gram", "none"), ("gram", "mean")])
+def test_float64_parameters_under_a_narrower_input(routing, pool, kernels):
+    case = Case(routing, "lora", pool=pool, parameter_dtype=torch.float64)
+    got, want = case.gradients(kernels), case.gradients("reference", dtype=torch.float64)
+    for name in ("A", "B", "C"):
+        assert got[name].dtype == torch.float64
+        assert worst(got[name], want[name]) < 1e-5, name
+
+
 # ------------------------------------------------------------------------------------------------ on a GPU alone
 @pytest.fixture
 def gpu():

@@ -23,15 +23,19 @@ template <class T>
 RP_DEVICE void store_numbers(void* out, int64_t first, int left, bool vectors, const float (&sum)[kCount],
                              float scale) {
   T* const to = static_cast<T*>(out) + first;
-  Elements<T, kCount> result;
-  RP_UNROLL
-  for (int e = 0; e < kCount; ++e) result.e[e] = from_float<T>(scale * sum[e]);
-  if (vectors) {
-    store_vector<kCount>(to, result);
+  if constexpr (std::is_same_v<T, double>) {
+    for (int e = 0; e < left; ++e) to[e] = scale * sum[e];
   } else {
+    Elements<T, kCount> result;
     RP_UNROLL
-    for (int e = 0; e < kCount; ++e) {
-      if (e < left) to[e] = result.e[e];
+    for (int e = 0; e < kCount; ++e) result.e[e] = from_float<T>(scale * sum[e]);
+    if (vectors) {
+      store_vector<kCount>(to, result);
+    } else {
+      RP_UNROLL
+      for (int e = 0; e < kCount; ++e) {
+        if (e < left) to[e] = result.e[e];
+      }
     }
   }
 }
@@ -69,7 +73,9 @@ __global__ __launch_bounds__(kThreads) void reduce_kernel(const KernelParams p) 
       return store_numbers<bfloat16>(item.out.data, first, left, vectors, sum, item.scale);
     case Dtype::kFloat16:
       return store_numbers<half>(item.out.data, first, left, vectors, sum, item.scale);
-    default:
+    case Dtype::kFloat64:
+      return store_numbers<double>(item.out.data, first, left, vectors, sum, item.scale);
+    case Dtype::kFloat32:
       return store_numbers<float>(item.out.data, first, left, vectors, sum, item.scale);
   }
 }
@@ -80,7 +86,6 @@ cudaError_t reduce(const ReduceParams& params, cudaStream_t stream) {
   KernelParams p{params, {}, {}};
   for (int i = 0; i < p.count; ++i) {
     const ReduceItem& item = p.items[i];
-    if (item.out.dtype == Dtype::kFloat64) return cudaErrorInvalidValue;
     const auto aligned = [](const void* at, int64_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; };
     p.vectors[i] = numbers(item) % kCount == 0 && aligned(item.parts[0], 16) && aligned(item.parts[1], 16) &&
                    aligned(item.out.data, kCount * element_size(item.out.dtype));

@@ -18,7 +18,8 @@ class Host {
   virtual ~Host() = default;
   virtual Device device() const = 0;
   virtual cudaStream_t stream() const = 0;
-  // Uninitialised device memory, 256-byte aligned, that lives until the stream is past this call.
+  // Uninitialised device memory, 256-byte aligned, that lives until the stream is past this call; never nullptr, which
+  // says that nothing is wanted.
   virtual void* scratch(int64_t bytes) const = 0;
   // out = a b (+ out if accumulate), by the vendor's library, on the stream.
   virtual void base_gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) const = 0;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <mutex>
 
 #include "torch/kernels.h"
@@ -54,7 +55,7 @@ class TorchGpu final : public cuda::Host {
 
   // Freed when the call returns: torch's allocator hands it out again on the same stream only, behind the kernels.
   void* scratch(int64_t bytes) const override {
-    scratch_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    scratch_.push_back(torch::stable::new_empty(like_, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
     return scratch_.back().data_ptr();
   }
 

@@ -14,6 +14,7 @@ is decided by the same code as for ``attach``.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,6 +208,11 @@ def _of_rows(label: str, given: Delivered, rows: Tensor, samples: int) -> Delive
             index = index[rows]
     elif mask is not None:
         mask = mask[own("mask batch", mask.shape[0])]
+    elif index is not None and len(rows) != samples:
+        raise UnsupportedError(
+            f"{label}: an in-sequence condition with several adapter_names cannot follow rows that generate reorders "
+            "(beams); generate with one adapter at a time, or greedily"
+        )
     valid = given.input_mask
     if valid is not None:
         valid = valid[own("input mask batch", valid.shape[0])]
@@ -261,7 +267,8 @@ class RoutedPeftModel(BaseTuner):  # type: ignore[misc]
             )
         self._chosen, self._tap, self._slot = set(chosen), tap, Slot() if wiring is None else wiring.slot
         if peft_config.target_modules == ALL_LINEAR:
-            peft_config.target_modules = list(chosen)  # PEFT would take the towers and projectors as well
+            # PEFT would take the towers and projectors as well. Whole paths: a list's names match any path's end.
+            peft_config.target_modules = "|".join(map(re.escape, chosen))
 
     def _check_target_module_exists(self, peft_config: RoutedPeftConfig, key: str) -> Any:
         found = super()._check_target_module_exists(peft_config, key)

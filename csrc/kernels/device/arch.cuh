@@ -210,11 +210,16 @@ cudaError_t launch(dim3 grid, dim3 block, size_t smem, [[maybe_unused]] cudaStre
   // another thread may be launching the same kernel with another size.
   if (smem > size_t{32} << 10) {
     int device = 0, most = 0;
+    cudaFuncAttributes kernel{};
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&kernel, Kernel);
+    if (error == cudaSuccess) {
+      most -= static_cast<int>(kernel.sharedSizeBytes);  // the limit is one for both kinds
+      error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) {
       cudaGetLastError();  // or the next launch, whoever's it is, would be told of it
       return error;
