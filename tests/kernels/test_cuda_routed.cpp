@@ -237,6 +237,26 @@ void wrong_index() {
   }
 }
 
+// What the gradient holds in columns of the output that no slice has is nobody's business: here NaN.
+void other_columns() {
+  Random random(14);
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    Case c;
+    c.routing = Routing::kMul, c.kind = StateKind::kVector, c.source = Source::kTokens, c.pool = Pool::kMean;
+    c.slices = SliceMode::kPartial, c.o = 70, c.rank = 8, c.n = 9;
+    const Layer layer = make(c, random);
+    const Bound bound = bind(layer, dtype, dtype, random, true);
+    for (int64_t row = 0; row < bound.p.inputs.rows; ++row) {
+      for (const int64_t column : {int64_t{0}, int64_t{1}, c.o - 1}) set(bound.dout, row, column, kNan);
+    }
+    const Outcome r = run(bound, {}, 2, kAll, "other columns"), exact = run_in_double(layer, 2, random);
+    for (size_t i = 0; i < kInputs; ++i) {
+      if (!r.gradients[i].matrix()) continue;
+      near(r.gradients[i], numbers(exact.gradients[i]), dtype == Dtype::kFloat32 ? 1e-5 : 4e-2, kNames[i], "gaps");
+    }
+  }
+}
+
 // Bottlenecks as wide as the kernels take, and unmixed slices that are wider together.
 void widths() {
   Random random(13);
@@ -267,6 +287,7 @@ int main() {
   large_cases(check);
   empty_cases(check);
   wrong_index();
+  other_columns();
   widths();
   std::printf("%d cases, %d rank-one, %d through a state, %d that may take tokens\n", int(counts.cases),
               int(counts.rank_one), int(counts.by_matrix), int(counts.by_tokens));
