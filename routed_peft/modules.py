@@ -119,7 +119,11 @@ class RoutedLayer(nn.Module):
         if state is None:
             try:
                 joint = None if given.joint is None else given.joint.state_of(self, dtype)
-                state = given.states.keep(self, key, self._encode(y.to(dtype), mask) if joint is None else joint)
+                if joint is None:
+                    joint = self._encode(y.to(dtype), mask)
+                # its own memory, and once: a part of the wide tensor would be copied by every call
+                held = ConditionState(joint.routing, joint.tensor.contiguous(), joint.versions)
+                state = given.states.keep(self, key, held)
             except ConditionShapeError:
                 return given  # for the call itself to refuse, which knows its input too
         return given._replace(condition=state, mask=None)
