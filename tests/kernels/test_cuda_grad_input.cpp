@@ -48,7 +48,7 @@ std::string name_of(Dtype dtype, int padded_width, size_t i, const Job& c) {
 
 double rounded(Dtype dtype, double value) {
   value = static_cast<double>(static_cast<float>(value));
-  return dtype == Dtype::kFloat32 ? value : half_value(dtype, half_bits(dtype, value));
+  return element_size(dtype) >= 4 ? value : half_value(dtype, half_bits(dtype, value));  // sums are float32
 }
 
 // What the tensor cores see of L.
