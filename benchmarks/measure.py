@@ -1,0 +1,238 @@
+"""How the benchmarks measure: clocks, memory, launches, and what the machine is.
+
+Calls that are compared take turns, round after round, so that a change of the machine's speed meets all of them alike;
+what counts are medians and quantiles, and ratios within one run. On a GPU there are three clocks: ``graph`` and ``graph
+warm``, the GPU's own time by events around replays of a captured CUDA graph, with inputs that take turns so that the
+cache holds none of the large ones, or with one input alone; and ``wall``, what a user waits who captures nothing. A CPU
+has ``wall`` alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import functools
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import routed_peft
+
+ROOT = Path(__file__).resolve().parent.parent
+CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
+Call = Callable[[int], object]  # with the number of the input to take
+Sample = Callable[[], float]  # seconds of one call, measured now
+
+
+# ---- time
+
+
+def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """``rounds`` samples of each in turn, or as many as ``seconds`` allow, at least three.
+
+    The first round warms up and does not count; every other one goes in the opposite order.
+    """
+    times: dict[str, list[float]] = {name: [] for name in samples}
+    for sample in samples.values():
+        sample()
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name in samples if done % 2 == 0 else reversed(samples):
+            times[name].append(samples[name]())
+    return times
+
+
+def wall(call: Call, device: str, least: float = 2e-3) -> Sample:
+    """What one call takes a user, of as many at a time as take ``least`` seconds together."""
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+
+    def timed(repeats: int) -> float:
+        wait()
+        begin = time.perf_counter()
+        for i in range(repeats):
+            call(i)
+        wait()
+        return (time.perf_counter() - begin) / repeats
+
+    timed(1)
+    repeats = max(1, min(1000, round(least / timed(1))))
+    return lambda: timed(repeats)
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for all graphs: a backward runs on the stream of its forward, and so has to be captured on that one."""
+    return torch.cuda.Stream()
+
+
+def capture(call: Call, warm: bool = False) -> torch.cuda.CUDAGraph:
+    """CALLS calls as a graph, after a round outside of it; ``warm``: all with the same input."""
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(CALLS):
+            call(0 if warm else i)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(CALLS):
+                call(0 if warm else i)
+    torch.cuda.synchronize()
+    return graph
+
+
+def graph(call: Call, warm: bool = False) -> Sample:
+    """The GPU's time for one call, in replays of a graph."""
+    captured = capture(call, warm)
+
+    def sample() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        captured.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / CALLS
+
+    return sample
+
+
+class Recorded:
+    """A clock that plays recorded times back, for pytest-benchmark: it times one function after the other, and these
+    have to take turns. ``now`` is its timer, ``play`` what it times."""
+
+    def __init__(self) -> None:
+        self.time, self.pending = 0.0, iter(())
+
+    def load(self, times: list[float]) -> None:
+        self.pending = iter(times)
+
+    def now(self) -> float:
+        return self.time
+
+    def play(self) -> None:
+        self.time += next(self.pending)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    source = torch.randn(2**28 if device != "cpu" else 2**25, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": wall(lambda i: target.copy_(source), device)}, rounds=20, seconds=2)
+    return 2 * source.nbytes / statistics.median(times["copy"])
+
+
+# ---- memory and launches
+
+
+def saved_bytes(forward: Callable[[], object], parameters: set[int]) -> int:
+    """What autograd keeps of a forward for its backward, each storage once, without those in ``parameters``."""
+    held: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = forward()
+    del out
+    return sum(held.values())
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """How much memory a call takes at most beyond what is there before it, its results included; None where the
+    system does not tell (a CPU without Linux's /proc)."""
+    call()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free inside the process would hide what is asked for
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def launches(call: Callable[[], object]) -> int:
+    """How many kernels and copies one call starts on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return len(profile.events())
+
+
+# ---- the machine
+
+
+def facts(device: str) -> dict[str, object]:
+    """What a result has to stand beside: device, versions, commit, date."""
+    said: dict[str, object] = {
+        "device": torch.cuda.get_device_name() if device != "cpu" else cpu_name(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "routed_peft": routed_peft.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device != "cpu":
+        said |= {"CUDA": torch.version.cuda, "nvidia-smi": gpu_facts()}
+    else:
+        said |= {"threads": torch.get_num_threads(), "instruction set": routed_peft.build_info().get("isa", "unknown")}
+    return said | {"copy bandwidth, GB/s": round(copy_bandwidth(device) / 1e9, 1)}
+
+
+def cpu_name() -> str:
+    """The processor and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def gpu_facts() -> dict[str, str]:
+    """What nvidia-smi says now; it is only asked, nothing is set."""
+    fields = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return {"nvidia-smi": str(error)}
+    return dict(zip(fields, (value.strip() for value in said.split(",")), strict=True))
+
+
+def commit() -> str:
+    """Of the sources, with "-dirty" where they are not it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
