@@ -26,6 +26,7 @@ import torch
 import routed_peft
 
 ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now
@@ -122,12 +123,23 @@ class Recorded:
         self.time += next(self.pending)
 
 
+@functools.cache
 def copy_bandwidth(device: str) -> float:
     """Bytes a second of a large copy on the device, read and written."""
     source = torch.randn(2**28 if device != "cpu" else 2**25, device=device)
     target = torch.empty_like(source)
     times = interleaved({"copy": wall(lambda i: target.copy_(source), device)}, rounds=20, seconds=2)
     return 2 * source.nbytes / statistics.median(times["copy"])
+
+
+@functools.cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of torch's product of two large square matrices."""
+    n = 8192 if device != "cpu" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times = interleaved({"product": wall(lambda i: torch.mm(a, b, out=out), device)}, rounds=20, seconds=2)
+    return 2 * n**3 / statistics.median(times["product"])
 
 
 # ---- memory and launches

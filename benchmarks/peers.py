@@ -2,12 +2,13 @@
 
 A peer is made for a :class:`Layer` and called with one of its inputs. All give the layer's output and, by autograd, the
 gradients of x, A and B; the condition and the base layer are frozen, and A projects the condition too, as in the paper.
-The floors compute less: ``base`` has no update, PEFT's and the other libraries' LoRA has no route. :func:`check` holds a
-peer against the definition in float64 before it is timed.
+The floors compute less: ``base`` has no update, PEFT's and the other libraries' LoRA has no route. :func:`check` holds
+a peer against the definition in float64 before it is timed.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -385,9 +386,12 @@ def lorafusion(layer: Layer) -> Forward:
     from lorafusion.ops.lora_v1 import fused_linear_lora
 
     up, p = _plain_up(layer), layer.shape.dropout
-    return lambda x: fused_linear_lora(
-        x, layer.W, layer.A, up, alpha=SCALING, dropout_p=p, linear_bias=layer.bias
-    )  # fmt: skip
+
+    def forward(x: Tensor) -> Tensor:
+        return fused_linear_lora(x, layer.W, layer.A, up, alpha=SCALING, dropout_p=p, linear_bias=layer.bias)
+
+    forward.trained = [layer.A, up]
+    return forward
 
 
 def unsloth(layer: Layer) -> Forward:
@@ -398,13 +402,27 @@ def unsloth(layer: Layer) -> Forward:
     from unsloth.kernels.fast_lora import LoRA_W
 
     up = _plain_up(layer)
-    return lambda x: LoRA_W.apply(x, layer.W, None, layer.A, up, SCALING)
+
+    def forward(x: Tensor) -> Tensor:
+        return LoRA_W.apply(x, layer.W, None, layer.A, up, SCALING)
+
+    forward.trained = [layer.A, up]
+    return forward
 
 
 # Shown in this order. The first is what the others are compared with.
 ROUTED = {"routed_peft": ours, "eager": eager, "published": published, "compile": compiled, "aten": aten}
 FLOORS = {"base": base, "peft": peft_same, "peft default": peft_default, "lorafusion": lorafusion, "unsloth": unsloth}
 PEERS = {**ROUTED, **FLOORS}
+
+
+def trained(name: str, layer: Layer, forward: Forward) -> list[Tensor]:
+    """What gets a gradient of a peer beside x: A and B, or what it has instead; base has nothing."""
+    if name in ROUTED:
+        return [layer.A, layer.B]
+    if isinstance(forward, nn.Module):
+        return [p for p in forward.parameters() if p.requires_grad]
+    return getattr(forward, "trained", [])
 
 
 # ---- is it the same?
@@ -419,6 +437,18 @@ def gradients(layer: Layer, forward: Forward) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (x, layer.A, layer.B), dout)]
 
 
+@functools.lru_cache(maxsize=1)  # for one peer after the other
+def _definition(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Layer, list[Tensor]]:
+    """A layer, and what the definition makes of its numbers in float64."""
+    layer, exact = Layer(shape, dtype, device), Layer(shape, torch.float64, device)
+    with torch.no_grad():
+        for tensor in ("y", "A", "B", "W", "bias"):
+            getattr(exact, tensor).copy_(getattr(layer, tensor))
+        exact.x[0].copy_(layer.x[0])
+        exact.dout[0].copy_(layer.dout[0])
+    return layer, gradients(exact, ours(exact, backend="reference"))
+
+
 def check(name: str, shape: Shape, dtype: torch.dtype, device: str) -> float:
     """Hold a routed peer against the definition, without dropout, whose masks differ, and on two samples at most.
 
@@ -429,13 +459,8 @@ def check(name: str, shape: Shape, dtype: torch.dtype, device: str) -> float:
         AssertionError: it is another operator.
     """
     shape = replace(shape, batch=min(shape.batch, 2), dropout=0.0)
-    layer, exact = Layer(shape, dtype, device), Layer(shape, torch.float64, device)
-    with torch.no_grad():
-        for tensor in ("y", "A", "B", "W", "bias"):
-            getattr(exact, tensor).copy_(getattr(layer, tensor))
-        exact.x[0].copy_(layer.x[0])
-        exact.dout[0].copy_(layer.dout[0])
-    got, want = gradients(layer, ROUTED[name](layer)), gradients(exact, ours(exact, backend="reference"))
+    layer, want = _definition(shape, dtype, device)
+    got = gradients(layer, ROUTED[name](layer))
     bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     worst = 0.0
     for what, mine, wide in zip(("out", "dx", "dA", "dB"), got, want, strict=False):

@@ -3,8 +3,8 @@
 ``paper`` are the layers of the published experiments (GPT-2 with a merged q and v, RoBERTa; a condition of one pooled
 token or of a ViT's 197), ``llava`` those of a vision-language model of 7 or 8 billion parameters beside an image of
 576 tokens, ``decode`` one token a sequence with a condition that was encoded before. Each has a smaller version for a
-CPU of two cores: fewer samples, and for llava half the width; what makes the shape what it is (tokens a sample, condition
-tokens, rank, route, dropout) stays.
+CPU of two cores: fewer samples, and for llava half the width; what makes the shape what it is (tokens a sample,
+condition tokens, rank, route, dropout) stays. Two sweeps beside the table change one number at a time.
 """
 
 from __future__ import annotations
@@ -128,3 +128,18 @@ def _small(shape: Shape, batch: int) -> Shape:
 FULL = {shape.name: shape for shape, _ in _TABLE}
 SMALL = {shape.name: _small(shape, batch) for shape, batch in _TABLE}
 assert all(shape.routing in ROUTES for shape in FULL.values())
+TABLES = {"small": SMALL, "full": FULL}
+_WIDTHS = {"small": 768, "full": 4096}
+
+
+def _tokens(tokens: int, d: int) -> Shape:
+    return Shape(f"sweep-tokens-{tokens}", "sweep tokens", tokens // 128, 128, d, d, 16, "gram", m=64)
+
+
+def _m(m: int, d: int) -> Shape:
+    return Shape(f"sweep-m-{m}", "sweep M", 8, 128, d, d, 16, "gram", m=m)
+
+
+# By size: gram of rank 16, whose tokens grow at 64 tokens a condition, and whose condition grows at 1,024 tokens.
+SWEEP_TOKENS = {size: [_tokens(t, d) for t in (128, 256, 512, 1024, 2048, 4096)] for size, d in _WIDTHS.items()}
+SWEEP_M = {size: [_m(m, d) for m in (1, 4, 16, 64, 256, 1024)] for size, d in _WIDTHS.items()}
