@@ -214,7 +214,7 @@ def facts(device: str) -> dict[str, object]:
     if device != "cpu":
         said |= {"CUDA": torch.version.cuda, "nvidia-smi": gpu_facts()}
     else:
-        said |= {"threads": torch.get_num_threads(), "instruction set": routed_peft.build_info().get("isa", "unknown")}
+        said |= {"threads": torch.get_num_threads(), "instruction set": routed_peft.build_info().get("cpu_isa", "none")}
     return said | {"copy bandwidth, GB/s": round(copy_bandwidth(device) / 1e9, 1)}
 
 
