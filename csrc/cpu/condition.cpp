@@ -94,6 +94,8 @@ void project_tokens(const Host& host, const Problem& p, const Matrix& t, Acc* v)
   } else {
     Epilogue with_bias;
     with_bias.bias = p.b_c;
+    // Both as they are: a state is not rounded.
+    with_bias.in_bfloat16 = p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16;
     gemm<Acc>(host, acc(v, rows, p.width), Operand(p.y, p.drop_y, p.condition_mask), p.c.transposed(), with_bias);
   }
   if (p.condition_mask == nullptr) return;

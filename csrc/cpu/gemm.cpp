@@ -1,10 +1,12 @@
-// Blocks of out are the unit of parallel work. A block keeps its sums in Acc scratch and walks k in steps of kDepth:
-// convert a tile of a (and drop it), lay b out in panels, run the micro kernel over the tile. b that lies turned over
-// (a weight [n, k]) is laid out once for all blocks.
+// Blocks of out are the unit of parallel work. A block keeps its sums in scratch and walks k in steps: read a tile of a
+// (convert it, drop it), lay b out in panels, run the micro kernels over both. Where several blocks share b it is laid
+// out once for all of them; where k is short, a tile of a serves all columns. The micro kernels take numbers of Acc or,
+// where the caller allows it and the processor has such products, pairs of bfloat16. A few rows are products of lines.
 #include "cpu/gemm.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/isa.h"
 #include "kernels/plan.h"
@@ -12,131 +14,362 @@
 namespace routed_peft::cpu {
 namespace {
 
-// A step is also the longest chain of additions: short chains round less, at some cost in speed (tests/test_accuracy.py
-// is what a longer one fails).
-constexpr int64_t kDepth = 64, kBlockRows = 128, kBlockColumns = 128, kWide = 256;
+constexpr int64_t kBlockRows = 96, kBlockColumns = 128, kWide = 256;
+constexpr int64_t kFewRows = 16;  // up to here b is read as it lies: to lay it out takes longer than the product
+constexpr int64_t kShort = 256;   // k up to which all of a block's rows of a are kept
+constexpr int64_t kShortColumns =
+    512;  // then worked on at a time: their panels stay near, and long runs of a row are written
+constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into where its rows alone are too few
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// What the micro kernels take: `Unit`s of kEach numbers that lie behind one another in k, and kDepth numbers in a step.
+// A step is also the longest chain of additions: short chains round less, at some cost in speed (tests/test_accuracy.py
+// is what a longer one fails). Rounded factors hide that.
+template <class Acc>
+struct Plain {
+  using Unit = Acc;
+  using Number = Acc;
+  static constexpr int64_t kEach = 1, kDepth = 64;
+  static auto micro(int64_t i, int64_t v) { return isa<Acc>().micro[i][v]; }
+};
+struct Pairs {
+  using Unit = uint32_t;
+  using Number = uint16_t;
+  static constexpr int64_t kEach = 2, kDepth = 128;
+  static auto micro(int64_t i, int64_t v) { return isa<float>().pairs[i][v]; }
+};
+
+bool plain(const Operand& o) { return o.dropout.threshold == 0 && o.valid == nullptr; }
 
 // Lines are what an operand is read along: the tensor's rows where dropout or `valid` speak of them, else whichever
 // direction lies closer in memory. They are the factor's rows, or its columns.
 bool lines_are_columns(const Operand& o) {
-  if (o.dropout.threshold != 0 || o.valid != nullptr) return o.transposed;
+  if (!plain(o)) return o.transposed;
   return o.matrix.row_stride < o.matrix.col_stride;
 }
 
-// n elements of a line from `offset` on.
-template <class Acc>
-void read_line(const Operand& o, bool columns, int64_t line, int64_t offset, int64_t n, Acc* to) {
-  if (o.valid != nullptr && !o.valid[line]) {
-    std::fill_n(to, n, Acc{0});
+// n numbers from `offset` on of `lines` lines, each to ld after the last; where they are rounded, dropped but not
+// scaled.
+template <class Acc, class Number>
+void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, int64_t offset, int64_t n, Number* to,
+                int64_t ld) {
+  const Isa<Acc>& set = isa<Acc>();
+  const Matrix m = columns ? o.matrix.transposed() : o.matrix;
+  constexpr bool rounds = !std::is_same_v<Number, Acc>;
+  if (plain(o) && m.col_stride == 1) {
+    if constexpr (rounds) {
+      set.round_lines(m.at(first, offset), m.dtype, m.row_stride, lines, n, to, ld);
+    } else {
+      set.load_lines(m.at(first, offset), m.dtype, m.row_stride, lines, n, to, ld);
+    }
     return;
   }
-  load_row(columns ? o.matrix.transposed() : o.matrix, line, offset, n, to);
-  if (o.dropout.threshold != 0) isa<Acc>().drop(to, line, offset, n, o.dropout);
+  thread_local Scratch<Acc> scratch;
+  Acc* line = scratch.get(n);
+  for (int64_t i = 0; i < lines; ++i, to += ld) {
+    if (o.valid != nullptr && !o.valid[first + i]) {
+      std::fill_n(to, n, Number{0});
+      continue;
+    }
+    if constexpr (!rounds) line = to;
+    load_row(m, first + i, offset, n, line);
+    if (o.dropout.threshold != 0) (rounds ? set.mask : set.drop)(line, first + i, offset, n, o.dropout);
+    if constexpr (rounds) set.store(line, n, Dtype::kBFloat16, to);
+  }
 }
 
-// rows × cols of a from (row, col) on: [padded rows, cols] if lines are rows, [cols, padded rows] if they are columns.
-template <class Acc>
-void read_tile(const Operand& a, bool columns, int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t padded,
-               Acc* to) {
+// [numbers of k] lines of `n` (ld apart) as units [units of k] lines of n.
+inline void pair_up(const uint16_t* from, int64_t ld, int64_t units, int64_t n, uint32_t* to, int64_t to_ld) {
+  for (int64_t k = 0; k < units; ++k) {
+    const uint16_t *even = from + 2 * k * ld, *odd = even + ld;
+    for (int64_t j = 0; j < n; ++j) to[k * to_ld + j] = even[j] | uint32_t{odd[j]} << 16;
+  }
+}
+
+// Lines of k: depth × n from (k0, first) on, units [units of depth][padded n]; what is beyond is zero.
+template <class Acc, class Format>
+void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t padded,
+                 typename Format::Unit* to) {
+  using Number = typename Format::Number;
+  thread_local Scratch<Number> scratch;
+  const int64_t units = up(depth, Format::kEach) / Format::kEach;
+  Number* lines;
+  if constexpr (Format::kEach == 1) {
+    lines = to;
+  } else {
+    lines = scratch.get(units * Format::kEach * padded);
+  }
+  read_lines<Acc>(o, columns, k0, depth, first, n, lines, padded);
+  for (int64_t k = 0; n < padded && k < depth; ++k) std::fill_n(lines + k * padded + n, padded - n, Number{0});
+  std::fill_n(lines + depth * padded, (units * Format::kEach - depth) * padded, Number{0});
+  if constexpr (Format::kEach == 2) pair_up(lines, padded, units, padded, to, padded);
+}
+
+// Lines along k: n × depth from (first, k0) on, units [padded n][units of depth]; what is beyond is zero.
+template <class Acc, class Format>
+void read_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t padded,
+                typename Format::Unit* to) {
+  using Number = typename Format::Number;
+  const int64_t numbers = up(depth, Format::kEach);
+  Number* lines = reinterpret_cast<Number*>(to);
+  read_lines<Acc>(o, columns, first, n, k0, depth, lines, numbers);
+  for (int64_t i = 0; depth < numbers && i < n; ++i) lines[i * numbers + depth] = Number{0};
+  std::fill_n(lines + n * numbers, (padded - n) * numbers, Number{0});
+}
+
+// depth × n of b from (k0, j0) on, as panels of two vectors (the last perhaps of one): [panels][units of depth][width].
+template <class Acc, class Format>
+void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t n, typename Format::Unit* panels) {
+  using Unit = typename Format::Unit;
+  const int64_t lanes = isa<Acc>().lanes, padded = up(n, lanes), units = up(depth, Format::kEach) / Format::kEach;
+  const bool columns = lines_are_columns(b);
+  thread_local Scratch<Unit> scratch;
+  const bool direct = !columns && Format::kEach == 1 && plain(b);
+  Unit* lines = direct ? nullptr : scratch.get(units * padded);
   if (columns) {
-    for (int64_t k = 0; k < cols; ++k) {
-      read_line(a, true, col + k, row, rows, to + k * padded);
-      std::fill_n(to + k * padded + rows, padded - rows, Acc{0});
-    }
-  } else {
-    for (int64_t i = 0; i < rows; ++i) read_line(a, false, row + i, col, cols, to + i * cols);
-    std::fill_n(to + rows * cols, (padded - rows) * cols, Acc{0});
+    read_along<Acc, Format>(b, true, k0, j0, depth, n, padded, lines);
+  } else if (!direct) {
+    read_across<Acc, Format>(b, false, k0, j0, depth, n, padded, lines);
   }
-}
-
-// depth × n of b from (k0, j0) on, as panels [padded n / nr][depth][nr].
-template <class Acc>
-void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t n, Acc* panels) {
-  const int64_t nr = isa<Acc>().nr, padded = up(n, nr);
-  thread_local Scratch<Acc> line_scratch;
-  Acc* line = line_scratch.get(std::max(depth, padded));
-  if (lines_are_columns(b)) {
-    std::fill_n(line, depth, Acc{0});
-    for (int64_t j = padded - 1; j >= 0; --j) {  // backwards: the padding comes first, while the line is still zero
-      if (j < n) read_line(b, true, j0 + j, k0, depth, line);
-      Acc* column = panels + j / nr * nr * depth + j % nr;
-      for (int64_t k = 0; k < depth; ++k) column[k * nr] = line[k];
-    }
-  } else {
-    for (int64_t k = 0; k < depth; ++k) {
-      read_line(b, false, k0 + k, j0, n, line);
-      std::fill_n(line + n, padded - n, Acc{0});
-      for (int64_t j = 0; j < padded; j += nr)
-        std::memcpy(panels + j * depth + k * nr, line + j, sizeof(Acc) * size_t(nr));
+  for (int64_t j = 0; j < padded; j += 2 * lanes) {
+    const int64_t width = std::min(2 * lanes, padded - j);
+    Unit* panel = panels + j * units;
+    if (columns) {
+      for (int64_t i = 0; i < width; ++i) {
+        const Unit* line = lines + (j + i) * units;
+        for (int64_t k = 0; k < units; ++k) panel[k * width + i] = line[k];
+      }
+    } else if (direct) {
+      read_across<Acc, Format>(b, false, k0, j0 + j, depth, std::min(width, n - j), width, panel);
+    } else {
+      for (int64_t k = 0; k < units; ++k) {
+        std::memcpy(panel + k * width, lines + k * padded + j, sizeof(Unit) * size_t(width));
+      }
     }
   }
 }
 
+// Rows [i0, i0 + rows) of columns [j0, j0 + cols) of out, from their sums.
 template <class Acc>
 void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld,
             const Epilogue& e) {
-  thread_local Scratch<Acc> other_scratch;
-  Acc* other = other_scratch.get(cols);
+  const Isa<Acc>& set = isa<Acc>();
+  thread_local Scratch<Acc> bias_scratch, other_scratch;
+  Acc* bias = e.bias ? bias_scratch.get(cols) : nullptr;
+  if (bias) load_row(e.bias, 0, j0, cols, bias);
+  const Dropout* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
   const Acc alpha = static_cast<Acc>(e.alpha);
+  const bool straight =
+      out.col_stride == 1 && (!e.residual || (e.residual.dtype == out.dtype && e.residual.col_stride == 1));
   for (int64_t i = 0; i < rows; ++i) {
     Acc* sum = sums + i * ld;
-    if (e.alpha != 1) {
-      for (int64_t j = 0; j < cols; ++j) sum[j] *= alpha;
+    if (straight) {
+      set.finish(sum, cols, alpha, mask, i0 + i, j0, bias, e.residual ? e.residual.at(i0 + i, j0) : nullptr,
+                 e.accumulate, out.dtype, out.at(i0 + i, j0));
+      continue;
     }
-    if (e.mask.threshold != 0) isa<Acc>().drop(sum, i0 + i, j0, cols, e.mask);
-    const auto add = [&](const Matrix& m, int64_t row) {
-      load_row(m, row, j0, cols, other);
+    set.finish(sum, cols, alpha, mask, i0 + i, j0, bias, nullptr, false, accumulated_dtype<Acc>(), sum);
+    Acc* other = other_scratch.get(cols);
+    for (const Matrix& m : {e.residual, e.accumulate ? out : Matrix{}}) {
+      if (!m) continue;
+      load_row(m, i0 + i, j0, cols, other);
       for (int64_t j = 0; j < cols; ++j) sum[j] += other[j];
-    };
-    if (e.bias) add(e.bias, 0);
-    if (e.residual) add(e.residual, i0 + i);
-    if (e.accumulate) add(out, i0 + i);
+    }
     store_row(sum, out, i0 + i, j0, cols);
   }
 }
 
 struct Blocking {
   int64_t rows, columns, row_blocks, column_blocks;
+  int64_t
+      near;  // columns of a block that are worked on at a time, and of b that are laid out together; divides columns
+  int64_t pieces() const { return row_blocks * column_blocks; }
 };
 
-Blocking blocking(int64_t m, int64_t n) {
-  const int64_t rows = m <= kWide ? m : kBlockRows, columns = n <= kWide ? n : kBlockColumns;
-  return {rows, columns, (m + rows - 1) / rows, (n + columns - 1) / columns};
+Blocking blocking(int64_t m, int64_t n, int64_t k) {
+  Blocking grid{};
+  const bool is_short = k <= kShort;
+  grid.rows = m <= (is_short ? kBlockRows : kWide) ? m : kBlockRows;
+  grid.row_blocks = (m + grid.rows - 1) / grid.rows;
+  if (is_short) {
+    const int64_t groups = std::max<int64_t>(kWantedPieces / grid.row_blocks, 1);
+    grid.columns = up((n + groups - 1) / groups, kBlockColumns);
+    if (grid.columns > kShortColumns) grid.columns = up(grid.columns, kShortColumns);
+    grid.near = std::min(grid.columns, kShortColumns);
+  } else {
+    grid.columns = grid.near = n <= kWide ? n : kBlockColumns;
+  }
+  grid.column_blocks = (n + grid.columns - 1) / grid.columns;
+  return grid;
 }
 
-// Block number `block` of out. `laid`: all of b in panels, by (column block, depth step), or nullptr.
-template <class Acc>
+// Where in the whole of b, laid out, the panels of columns [j0, ..) and numbers [k0, ..) of k begin.
+template <class Acc, class Format>
+int64_t laid_at(int64_t j0, int64_t cols, int64_t k0, int64_t k) {
+  const int64_t lanes = isa<Acc>().lanes;
+  return up(j0, lanes) * (up(k, Format::kEach) / Format::kEach) + up(cols, lanes) * (k0 / Format::kEach);
+}
+
+// Micro kernels' rows for `left` that remain: as many as three steps, and none left over that one kernel cannot take.
+int64_t strip_rows(int64_t left, int64_t step) {
+  const int64_t steps = left / step;
+  return step * (steps >= 5 || steps == 3 ? 3 : std::min<int64_t>(steps, 2));
+}
+
+// rows × cols from (i, j) on are about to be written: their way into the cache overlaps with the products.
+void expect(const Matrix& out, int64_t i, int64_t j, int64_t rows, int64_t cols) {
+  constexpr int64_t kLine = 64;
+  if (out.col_stride != 1) return;
+  for (int64_t row = i; row < i + rows; ++row) {
+    const char* at = static_cast<const char*>(out.at(row, j));
+    for (int64_t byte = 0; byte < cols * element_size(out.dtype); byte += kLine) __builtin_prefetch(at + byte, 1);
+  }
+}
+
+// Block number `block` of out. `laid`: all of b in panels, or nullptr.
+template <class Acc, class Format>
 void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e, const Blocking& grid,
-               int64_t block, const Acc* laid) {
+               int64_t block, const typename Format::Unit* laid) {
+  using Unit = typename Format::Unit;
   const Isa<Acc>& set = isa<Acc>();
-  const int64_t k = a.matrix.cols;
-  const int64_t i0 = block / grid.column_blocks * grid.rows, j0 = block % grid.column_blocks * grid.columns;
-  const int64_t rows = std::min(grid.rows, out.rows - i0), cols = std::min(grid.columns, out.cols - j0);
-  const int64_t padded_rows = up(rows, set.mr), padded_cols = up(cols, set.nr);
-  thread_local Scratch<Acc> sum_scratch, tile_scratch, panel_scratch;
-  Acc* sums = sum_scratch.get(padded_rows * padded_cols);
-  Acc* tile = tile_scratch.get(padded_rows * kDepth);
-  std::fill_n(sums, padded_rows * padded_cols, Acc{0});
-  const bool columns = lines_are_columns(a);
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-    const int64_t depth = std::min(kDepth, k - k0);
-    read_tile(a, columns, i0, k0, rows, depth, padded_rows, tile);
-    const Acc* panels = laid != nullptr ? laid + up(j0, set.nr) * k + padded_cols * k0 : nullptr;
-    if (panels == nullptr) {
-      Acc* fresh = panel_scratch.get(padded_cols * kDepth);
-      lay_panels(b, k0, j0, depth, cols, fresh);
-      panels = fresh;
-    }
-    const int64_t a_row = columns ? 1 : depth, a_col = columns ? padded_rows : 1;
-    for (int64_t j = 0; j < padded_cols; j += set.nr) {
-      for (int64_t i = 0; i < padded_rows; i += set.mr) {
-        set.micro(depth, tile + i * a_row, a_row, a_col, panels + j * depth, sums + i * padded_cols + j, padded_cols);
+  const int64_t k = a.matrix.cols, steps = (k + Format::kDepth - 1) / Format::kDepth;
+  const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
+  const int64_t rows = std::min(grid.rows, out.rows - i0), right = std::min(left + grid.columns, out.cols);
+  const int64_t padded_rows = up(rows, set.row_step), width = grid.near;
+  const bool columns = lines_are_columns(a), keep = k <= kShort;
+  thread_local Scratch<Acc> sum_scratch;
+  thread_local Scratch<Unit> tile_scratch, panel_scratch;
+  const int64_t tile_size = padded_rows * Format::kDepth / Format::kEach;
+  Unit* tiles = tile_scratch.get(tile_size * (keep ? std::max<int64_t>(steps, 1) : 1));
+  for (int64_t j0 = left; j0 < right; j0 += width) {
+    const int64_t cols = std::min(width, right - j0), padded_cols = up(cols, set.lanes);
+    Acc* sums = sum_scratch.get(padded_rows * padded_cols);
+    std::fill_n(sums, padded_rows * padded_cols, Acc{0});
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t k0 = s * Format::kDepth, depth = std::min(Format::kDepth, k - k0);
+      const int64_t units = up(depth, Format::kEach) / Format::kEach;
+      Unit* tile = tiles + (keep ? s * tile_size : 0);
+      if (!keep || j0 == left) {
+        if (columns) {
+          read_across<Acc, Format>(a, true, k0, i0, depth, rows, padded_rows, tile);
+        } else {
+          read_along<Acc, Format>(a, false, k0, i0, depth, rows, padded_rows, tile);
+        }
+      }
+      const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
+      if (panels == nullptr) {
+        Unit* fresh = panel_scratch.get(padded_cols * Format::kDepth / Format::kEach);
+        lay_panels<Acc, Format>(b, k0, j0, depth, cols, fresh);
+        panels = fresh;
+      }
+      const int64_t a_row = columns ? 1 : units, a_col = columns ? padded_rows : 1;
+      for (int64_t i = 0, taken; i < padded_rows; i += taken) {
+        taken = strip_rows(padded_rows - i, set.row_step);
+        const int64_t real = std::min(taken, rows - i);
+        if (s == steps - 1) expect(out, i0 + i, j0, real, cols);
+        for (int64_t j = 0; j < padded_cols; j += 2 * set.lanes) {
+          const int64_t vectors = std::min<int64_t>((padded_cols - j) / set.lanes, 2);
+          Format::micro(taken / set.row_step - 1, vectors - 1)(
+              units, tile + i * a_row, a_row, a_col, panels + j * units, sums + i * padded_cols + j, padded_cols);
+        }
+        if (s == steps - 1) finish(out, i0 + i, j0, real, cols, sums + i * padded_cols, padded_cols, e);
       }
     }
+    if (steps == 0) finish(out, i0, j0, rows, cols, sums, padded_cols, e);
   }
-  finish(out, i0, j0, rows, cols, sums, padded_cols, e);
+}
+
+// All of b in panels.
+template <class Acc, class Format>
+Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const Blocking& grid) {
+  const int64_t k = b.matrix.rows, n = b.matrix.cols, width = grid.near;
+  const int64_t steps = (k + Format::kDepth - 1) / Format::kDepth;
+  Array<typename Format::Unit> laid(up(n, isa<Acc>().lanes) * (up(k, Format::kEach) / Format::kEach));
+  parallel(host, (n + width - 1) / width * steps, double(n * k), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t j0 = item / steps * width, k0 = item % steps * Format::kDepth, cols = std::min(width, n - j0);
+      lay_panels<Acc, Format>(b, k0, j0, std::min(Format::kDepth, k - k0), cols,
+                              laid.get() + laid_at<Acc, Format>(j0, cols, k0, k));
+    }
+  });
+  return laid;
+}
+
+template <class Acc, class Format>
+void blocked(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
+  const int64_t k = a.matrix.cols;
+  const Blocking grid = blocking(out.rows, out.cols, k);
+  Array<typename Format::Unit> laid;
+  if (host != nullptr && grid.row_blocks > 1) laid = lay_all<Acc, Format>(*host, b, grid);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, a, b, e, grid, block, laid.get());
+  };
+  if (host == nullptr) return run(0, grid.pieces());
+  parallel(*host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);
+}
+
+// A few rows times a b whose lines run along k: each number of out is a product of two lines.
+template <class Acc>
+bool few_rows(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
+  const Matrix lines = b.matrix.transposed();
+  const bool half = std::is_same_v<Acc, float> && lines.dtype == Dtype::kBFloat16;
+  if (out.rows > kFewRows || !plain(b) || lines.col_stride != 1 || (lines.dtype != accumulated_dtype<Acc>() && !half)) {
+    return false;
+  }
+  constexpr int64_t kColumns = 32;
+  const int64_t m = out.rows, n = out.cols, k = a.matrix.cols, padded = m <= 2 ? m : up(m, 4);
+  thread_local Scratch<Acc> a_scratch;
+  Acc* rows = a_scratch.get(padded * k);
+  const bool columns = lines_are_columns(a);
+  if (columns) {
+    thread_local Scratch<Acc> turned_scratch;
+    Acc* turned = turned_scratch.get(m * k);
+    read_lines<Acc>(a, true, 0, k, 0, m, turned, m);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < k; ++j) rows[i * k + j] = turned[j * m + i];
+    }
+  } else {
+    read_lines<Acc>(a, false, 0, m, 0, k, rows, k);
+  }
+  std::fill_n(rows + m * k, (padded - m) * k, Acc{0});
+  const auto run = [&](int64_t begin, int64_t end) {
+    Acc sums[kFewRows * kColumns];
+    for (int64_t j0 = begin * kColumns; j0 < std::min(end * kColumns, n); j0 += kColumns) {
+      const int64_t cols = std::min(kColumns, n - j0);
+      for (int64_t j = 0; j < cols; j += 4) {
+        const void* four[4];
+        for (int64_t i = 0; i < 4; ++i) four[i] = lines.at(std::min(j0 + j + i, n - 1), 0);
+        const int64_t each = std::min<int64_t>(padded, 4);
+        for (int64_t i = 0; i < padded; i += each) {
+          isa<Acc>().dots(each, rows + i * k, k, four, lines.dtype, k, sums + i * kColumns + j, kColumns);
+        }
+      }
+      finish(out, 0, j0, m, cols, sums, kColumns, e);
+    }
+  };
+  const int64_t pieces = (n + kColumns - 1) / kColumns;
+  if (host == nullptr) {
+    run(0, pieces);
+  } else {
+    parallel(*host, pieces, double(m) * double(n) * double(k), run);
+  }
+  return true;
+}
+
+template <class Acc>
+void product(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
+  if (few_rows<Acc>(host, out, a, b, e)) return;
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (e.in_bfloat16 && isa<float>().pairs[0][0] != nullptr) {
+      Epilogue scaled = e;  // dropout's factors here, where they are not rounded
+      for (const Operand* o : {&a, &b}) {
+        if (o->dropout.threshold != 0) scaled.alpha *= o->dropout.scale();
+      }
+      return blocked<Acc, Pairs>(host, out, a, b, scaled);
+    }
+  }
+  blocked<Acc, Plain<Acc>>(host, out, a, b, e);
 }
 
 }  // namespace
@@ -161,11 +394,7 @@ void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, in
 
 template <class Acc>
 void gemm_serial(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
-  if (out.rows == 0 || out.cols == 0) return;
-  const Blocking grid = blocking(out.rows, out.cols);
-  for (int64_t block = 0; block < grid.row_blocks * grid.column_blocks; ++block) {
-    run_block<Acc>(out, a, b, epilogue, grid, block, nullptr);
-  }
+  if (out.rows > 0 && out.cols > 0) product<Acc>(nullptr, out, a, b, epilogue);
 }
 
 // The factor in `dtype`, copied into `storage` unless it already is.
@@ -192,13 +421,14 @@ Matrix converted(const Host& host, const Matrix& m, Dtype dtype, Array<char>& st
 // rounding.
 template <class Acc>
 bool library_product(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
-  const bool plain = a.dropout.threshold == 0 && b.dropout.threshold == 0 && e.mask.threshold == 0 &&
-                     a.valid == nullptr && b.valid == nullptr;
+  const bool unmasked = plain(a) && plain(b) && e.mask.threshold == 0;
   const bool bias = e.bias || e.residual;
   const bool half = e.in_bfloat16;
   const Dtype dtype = half ? Dtype::kBFloat16 : out.dtype;
   const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
-  if (!plain || (bias && e.accumulate) || (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
+  // Ours has sums in float32 where the library would round them.
+  if (half && out.dtype != Dtype::kBFloat16 && isa<float>().pairs[0][0] != nullptr) return false;
+  if (!unmasked || (bias && e.accumulate) || (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
       !plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols)) {
     return false;
   }
@@ -227,29 +457,8 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
 
 template <class Acc>
 void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
-  const int64_t m = out.rows, n = out.cols, k = a.matrix.cols;
-  if (m == 0 || n == 0 || library_product<Acc>(host, out, a, b, epilogue)) return;
-  const Blocking grid = blocking(m, n);
-  const Isa<Acc>& set = isa<Acc>();
-  Array<Acc> laid;
-  const bool lay_once = grid.row_blocks > 1 && lines_are_columns(b);
-  if (lay_once) {
-    laid = Array<Acc>(up(n, set.nr) * k);
-    const int64_t steps = (k + kDepth - 1) / kDepth;
-    parallel(host, grid.column_blocks * steps, double(n * k), [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t j0 = item / steps * grid.columns, k0 = item % steps * kDepth;
-        const int64_t cols = std::min(grid.columns, n - j0);
-        lay_panels(b, k0, j0, std::min(kDepth, k - k0), cols, laid.get() + up(j0, set.nr) * k + up(cols, set.nr) * k0);
-      }
-    });
-  }
-  parallel(host, grid.row_blocks * grid.column_blocks, double(m) * double(n) * double(k),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t block = begin; block < end; ++block) {
-               run_block<Acc>(out, a, b, epilogue, grid, block, lay_once ? laid.get() : nullptr);
-             }
-           });
+  if (out.rows == 0 || out.cols == 0 || library_product<Acc>(host, out, a, b, epilogue)) return;
+  product<Acc>(&host, out, a, b, epilogue);
 }
 
 template <class Acc>

@@ -3,8 +3,13 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/device/philox.cuh"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace routed_peft::cpu {
 namespace {
@@ -38,13 +43,39 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// RP_MULTIPLY_LOW: the products of the lower halves of 64-bit lanes. RP_AT_LEAST: of 64 aligned halfwords, bit j is
+// whether number j is at least the limit.
 #define RP_VECTOR_BYTES 16
-#define RP_MICRO_ROWS 4
+#define RP_ROW_STEP 2
 namespace baseline {
-#include "cpu/isa_kernels.inl"
+#if defined(__x86_64__)
+#define RP_MULTIPLY_LOW(a, b) ((Wide)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
+#define RP_AT_LEAST at_least
+inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
+  uint64_t bits = 0;
+  const __m128i limits = _mm_set1_epi16(static_cast<short>(limit)), zero = _mm_setzero_si128();
+  for (int i = 0; i < 4; ++i) {
+    const __m128i* at = reinterpret_cast<const __m128i*>(random) + 2 * i;
+    const __m128i low = _mm_cmpeq_epi16(_mm_subs_epu16(limits, at[0]), zero);
+    const __m128i high = _mm_cmpeq_epi16(_mm_subs_epu16(limits, at[1]), zero);
+    bits |= uint64_t{static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high)))} << (16 * i);
+  }
+  return bits;
 }
+#else
+#define RP_MULTIPLY_LOW(a, b) (((a) & 0xFFFFFFFFu) * ((b) & 0xFFFFFFFFu))
+#define RP_AT_LEAST at_least
+inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= uint64_t{random[i] >= limit} << i;
+  return bits;
+}
+#endif
+#include "cpu/isa_kernels.inl"
+}  // namespace baseline
 #undef RP_VECTOR_BYTES
-#undef RP_MICRO_ROWS
+#undef RP_ROW_STEP
+#undef RP_MULTIPLY_LOW
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -54,12 +85,26 @@ namespace baseline {
 #pragma GCC target("avx2,fma")
 #endif
 #define RP_VECTOR_BYTES 32
-#define RP_MICRO_ROWS 6
+#define RP_ROW_STEP 2
+#define RP_MULTIPLY_LOW(a, b) ((Wide)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 namespace avx2 {
-#include "cpu/isa_kernels.inl"
+inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
+  uint64_t bits = 0;
+  const __m256i limits = _mm256_set1_epi16(static_cast<short>(limit)), zero = _mm256_setzero_si256();
+  for (int i = 0; i < 2; ++i) {
+    const __m256i* at = reinterpret_cast<const __m256i*>(random) + 2 * i;
+    const __m256i low = _mm256_cmpeq_epi16(_mm256_subs_epu16(limits, at[0]), zero);
+    const __m256i high = _mm256_cmpeq_epi16(_mm256_subs_epu16(limits, at[1]), zero);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8);  // packs stays in its half
+    bits |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(packed))} << (32 * i);
+  }
+  return bits;
 }
+#include "cpu/isa_kernels.inl"
+}  // namespace avx2
 #undef RP_VECTOR_BYTES
-#undef RP_MICRO_ROWS
+#undef RP_ROW_STEP
+#undef RP_MULTIPLY_LOW
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
@@ -69,18 +114,59 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #endif
 #define RP_VECTOR_BYTES 64
-#define RP_MICRO_ROWS 8
+#define RP_ROW_STEP 4
+#define RP_MULTIPLY_LOW(a, b) ((Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b)))
 namespace avx512 {
-#include "cpu/isa_kernels.inl"
+inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
+  const __m512i limits = _mm512_set1_epi16(static_cast<short>(limit));
+  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_load_si512(random), limits);
+  return low | uint64_t{_mm512_cmpge_epu16_mask(_mm512_load_si512(random + 32), limits)} << 32;
 }
+#include "cpu/isa_kernels.inl"
+}  // namespace avx512
 #undef RP_VECTOR_BYTES
-#undef RP_MICRO_ROWS
+#undef RP_ROW_STEP
+#undef RP_MULTIPLY_LOW
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bf16")
+#endif
+namespace avx512 {
+// Loops::micro for pairs of bfloat16.
+template <int kRows, int kVectors>
+void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, float* c,
+           int64_t ldc) {
+  __m512 sum[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    __m512i b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_load_si512(panel + (k * kVectors + v) * 16);
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i value = _mm512_set1_epi32(static_cast<int>(a[i * a_row + k * a_col]));
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)value, (__m512bh)b[v]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + i * ldc + v * 16;
+      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[i][v]));
+    }
+  }
+}
+}  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
 #endif
+#undef RP_AT_LEAST
 
 template <class Acc>
 Isa<Acc> choose() {
@@ -93,7 +179,15 @@ Isa<Acc> choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && (any || allowed("avx512"))) {
-    return avx512::Loops<Acc>::table("avx512", {true, bool(__builtin_cpu_supports("avx512bf16"))});
+    Isa<Acc> set = avx512::Loops<Acc>::table("avx512", {true, bool(__builtin_cpu_supports("avx512bf16"))});
+    if constexpr (std::is_same_v<Acc, float>) {
+      using namespace avx512;
+      if (set.processor.native_bfloat16) {
+        set.pairs[0][0] = pairs<4, 1>, set.pairs[0][1] = pairs<4, 2>, set.pairs[1][0] = pairs<8, 1>;
+        set.pairs[1][1] = pairs<8, 2>, set.pairs[2][0] = pairs<12, 1>, set.pairs[2][1] = pairs<12, 2>;
+      }
+    }
+    return set;
   }
   if (has_avx2 && (any || allowed("avx2") || allowed("avx512"))) return avx2::Loops<Acc>::table("avx2", {true, false});
 #endif

@@ -11,17 +11,34 @@ namespace routed_peft::cpu {
 // Acc is float, or double where the tensors are.
 template <class Acc>
 struct Isa {
+  // c (leading dimension ldc) += Σ_k a(i, k) panel[k, :] over `depth` units; a by strides, the panel contiguous and
+  // aligned. A unit is a number, or two neighbours in k as bfloat16 (the first in the lower half).
+  template <class Unit>
+  using Micro = void (*)(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel, Acc* c,
+                         int64_t ldc);
+
   const char* name;
   plan::Processor processor;
-  int64_t mr, nr;  // the block that `micro` computes
-
-  // c [mr, nr] (leading dimension ldc) += Σ_k a(i, k) panel[k, :]; a by strides, panel [depth, nr] contiguous, aligned.
-  void (*micro)(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, Acc* c, int64_t ldc);
+  int64_t row_step, lanes;
+  Micro<Acc> micro[3][2];       // of row_step, twice and three times as many rows; by one and two vectors of `lanes`
+  Micro<uint32_t> pairs[3][2];  // the same for bfloat16; nullptr where the processor has no such product
   // Contiguous conversions; storing rounds to nearest even.
   void (*load)(const void* from, Dtype dtype, int64_t n, Acc* to);
   void (*store)(const Acc* from, int64_t n, Dtype dtype, void* to);
+  // `lines` times load, and load and store as bfloat16; strides in elements.
+  void (*load_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, Acc* to,
+                     int64_t to_stride);
+  void (*round_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
+                      int64_t to_stride);
   // run = columns [column, column + n) of a row, dropped and scaled in place.
   void (*drop)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
+  void (*mask)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);  // dropped, and not scaled
+  // out = alpha · sum, dropped, + bias + residual (+ out), each of which may be absent; n contiguous columns.
+  void (*finish)(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
+                 const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out);
+  // c [rows, 4] (leading dimension ldc) = a [rows, k] bᵀ for four rows of b, of Acc or bfloat16; rows is 1, 2 or 4.
+  void (*dots)(int64_t rows, const Acc* a, int64_t lda, const void* const* b, Dtype dtype, int64_t k, Acc* c,
+               int64_t ldc);
   Acc (*dot)(const Acc* a, const Acc* b, int64_t n);
   void (*axpy)(int64_t n, Acc alpha, const Acc* x, Acc* y);  // y += alpha x
 };

@@ -1,27 +1,76 @@
 // The loops of isa.h, included by isa.cpp once for each instruction set inside a namespace of its own, with
-// RP_VECTOR_BYTES and RP_MICRO_ROWS set. Vectors are the compiler's own extension, so that one text serves them all.
+// RP_VECTOR_BYTES, RP_ROW_STEP, RP_MULTIPLY_LOW and RP_AT_LEAST set. Vectors are the compiler's own extension, so that
+// one text serves them all.
+
+// Four words of eight Philox calls as 64 halfwords in the order of their columns: lanes are (half, q), and word w of
+// lane (half, q) holds the halfwords of the column pair 16·half + 4·w + q (device/philox.cuh, turned around).
+inline void halfwords(const Dropout& dropout, int64_t row, int64_t block, uint16_t* out) {
+  typedef uint64_t Wide __attribute__((vector_size(RP_VECTOR_BYTES)));
+  typedef uint32_t Narrow __attribute__((vector_size(RP_VECTOR_BYTES / 2)));
+  constexpr int kLanes = RP_VECTOR_BYTES / 8, kRun = kLanes < 4 ? kLanes : 4;
+  for (int first = 0; first < 8; first += kLanes) {
+    Wide c2, c3;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      c2[lane] = static_cast<uint32_t>(4 * block) + uint32_t(first + lane) % 4;
+      c3[lane] = 2 * dropout.stream + uint32_t(first + lane) / 4;
+    }
+    // A product reads the lower halves alone, so that what is in the upper ones may stay.
+    Wide c0 = Wide{} + static_cast<uint64_t>(row), c1 = Wide{} + (static_cast<uint64_t>(row) >> 32);
+    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const Wide p0 = RP_MULTIPLY_LOW(c0, (Wide{} + uint64_t{0xD2511F53u}));
+      const Wide p1 = RP_MULTIPLY_LOW(c2, (Wide{} + uint64_t{0xCD9E8D57u}));
+      c0 = (p1 >> 32) ^ c1 ^ (Wide{} + uint64_t{k0});
+      c2 = (p0 >> 32) ^ c3 ^ (Wide{} + uint64_t{k1});
+      c1 = p1;
+      c3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    const Wide words[4] = {c0, c1, c2, c3};
+    for (int word = 0; word < 4; ++word) {
+      const Narrow low = __builtin_convertvector(words[word], Narrow);
+      for (int run = 0; run < kLanes; run += kRun) {
+        const int half = (first + run) / 4, q = (first + run) % 4;
+        std::memcpy(out + 2 * (16 * half + 4 * word + q), reinterpret_cast<const char*>(&low) + 4 * run, 4 * kRun);
+      }
+    }
+  }
+}
+
+// Bit j: column 64 block + j is kept.
+inline uint64_t kept(const Dropout& dropout, int64_t row, int64_t block) {
+  if (dropout.threshold >= 65536) return 0;
+  alignas(64) uint16_t random[64];
+  halfwords(dropout, row, block, random);
+  return RP_AT_LEAST(random, static_cast<uint16_t>(dropout.threshold));
+}
 
 template <class Acc>
 struct Loops {
-  static constexpr int64_t kLanes = RP_VECTOR_BYTES / sizeof(Acc);
-  static constexpr int64_t kRows = RP_MICRO_ROWS, kColumns = 2 * kLanes;
+  static constexpr int64_t kLanes = RP_VECTOR_BYTES / sizeof(Acc), kChunk = 64;
   typedef Acc Vector __attribute__((vector_size(RP_VECTOR_BYTES)));
   typedef Acc Loose __attribute__((vector_size(RP_VECTOR_BYTES), aligned(alignof(Acc)), may_alias));
+  using Whole = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
+  typedef Whole Bits __attribute__((vector_size(RP_VECTOR_BYTES)));
 
+  static Vector at(const Acc* p) { return *reinterpret_cast<const Loose*>(p); }
+
+  template <int kRows, int kVectors>
   static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, Acc* c, int64_t ldc) {
-    Vector sum[kRows][2] = {};  // from zero, not from c: short chains of additions round less than one long one
+    Vector sum[kRows][kVectors] = {};  // from zero, not from c: short chains of additions round less than one long one
     for (int64_t k = 0; k < depth; ++k) {
-      const Vector b0 = *reinterpret_cast<const Vector*>(panel + k * kColumns);
-      const Vector b1 = *reinterpret_cast<const Vector*>(panel + k * kColumns + kLanes);
+      Vector b[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        b[v] = *reinterpret_cast<const Vector*>(panel + (k * kVectors + v) * kLanes);
+      }
       for (int i = 0; i < kRows; ++i) {
         const Acc value = a[i * a_row + k * a_col];
-        sum[i][0] += value * b0;
-        sum[i][1] += value * b1;
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      *reinterpret_cast<Loose*>(c + i * ldc) += sum[i][0];
-      *reinterpret_cast<Loose*>(c + i * ldc + kLanes) += sum[i][1];
+      for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Loose*>(c + i * ldc + v * kLanes) += sum[i][v];
     }
   }
 
@@ -57,71 +106,152 @@ struct Loops {
     }
   }
 
-  // The 64 halfwords of one block of columns: lanes are (half, q), and word w of lane (half, q) holds the halfwords of
-  // the column pair 16·half + 4·w + q of the block (device/philox.cuh, turned around).
-  static void halfwords(const Dropout& dropout, int64_t row, int64_t block, uint16_t* out) {
-    constexpr int kCalls = 8;
-    uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls];
-    for (int lane = 0; lane < kCalls; ++lane) {
-      c0[lane] = static_cast<uint32_t>(row);
-      c1[lane] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
-      c2[lane] = static_cast<uint32_t>(4 * block) + lane % 4;
-      c3[lane] = 2 * dropout.stream + lane / 4;
-    }
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      for (int lane = 0; lane < kCalls; ++lane) {
-        const uint64_t p0 = uint64_t{0xD2511F53u} * c0[lane], p1 = uint64_t{0xCD9E8D57u} * c2[lane];
-        c0[lane] = static_cast<uint32_t>(p1 >> 32) ^ c1[lane] ^ k0;
-        c2[lane] = static_cast<uint32_t>(p0 >> 32) ^ c3[lane] ^ k1;
-        c1[lane] = static_cast<uint32_t>(p1);
-        c3[lane] = static_cast<uint32_t>(p0);
+  static void load_lines(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, Acc* to,
+                         int64_t to_stride) {
+    const char* source = static_cast<const char*>(from);
+    const int64_t bytes = stride * element_size(dtype);
+    for (int64_t i = 0; i < lines; ++i) load(source + i * bytes, dtype, n, to + i * to_stride);
+  }
+
+  static void round_lines(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
+                          int64_t to_stride) {
+    const char* source = static_cast<const char*>(from);
+    const int64_t bytes = stride * element_size(dtype);
+    for (int64_t i = 0; i < lines; ++i) {
+      if (dtype == Dtype::kBFloat16) {
+        std::memcpy(to + i * to_stride, source + i * bytes, size_t(n) * 2);
+        continue;
       }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    const uint32_t* words[4] = {c0, c1, c2, c3};
-    for (int half = 0; half < 2; ++half) {
-      for (int word = 0; word < 4; ++word) {
-        for (int q = 0; q < 4; ++q) {
-          const uint32_t pair = words[word][4 * half + q];
-          const int column = 2 * (16 * half + 4 * word + q);
-          out[column] = static_cast<uint16_t>(pair);
-          out[column + 1] = static_cast<uint16_t>(pair >> 16);
-        }
+      Acc line[kChunk];
+      for (int64_t j = 0; j < n; j += kChunk) {
+        const int64_t count = n - j < kChunk ? n - j : kChunk;
+        load(source + i * bytes + j * element_size(dtype), dtype, count, line);
+        store(line, count, Dtype::kBFloat16, to + i * to_stride + j);
       }
     }
   }
 
+  // Where bit i is not set, run[i] is zero, and else scaled.
+  static void select(Acc* run, int64_t n, uint64_t bits, Acc scale) {
+    Bits lanes;
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = Whole{1} << i;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes, bits >>= kLanes) {
+      const Bits chosen = ((Bits{} + static_cast<Whole>(bits)) & lanes) != 0;
+      *reinterpret_cast<Loose*>(run + i) = (Vector)((Bits)(at(run + i) * scale) & chosen);
+    }
+    for (; i < n; ++i, bits >>= 1) run[i] = bits & 1 ? run[i] * scale : Acc{0};
+  }
+
   static void drop(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
-    const Acc scale = static_cast<Acc>(dropout.scale());
-    uint16_t random[64];
+    drop_by(static_cast<Acc>(dropout.scale()), run, row, column, n, dropout);
+  }
+  static void mask(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
+    drop_by(Acc{1}, run, row, column, n, dropout);
+  }
+  static void drop_by(Acc scale, Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
     for (int64_t done = 0; done < n;) {
       const int64_t first = (column + done) % 64;
       const int64_t count = n - done < 64 - first ? n - done : 64 - first;
-      halfwords(dropout, row, (column + done) / 64, random);
-      for (int64_t i = 0; i < count; ++i) {
-        run[done + i] = random[first + i] >= dropout.threshold ? run[done + i] * scale : Acc{0};
-      }
+      select(run + done, count, kept(dropout, row, (column + done) / 64) >> first, scale);
       done += count;
     }
+  }
+
+  static void finish(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
+                     const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out) {
+    alignas(64) Acc line[kChunk], other[kChunk];
+    const int64_t size = element_size(dtype);
+    for (int64_t j = 0; j < n; j += kChunk) {
+      const int64_t count = n - j < kChunk ? n - j : kChunk;
+      const auto each = [&](const auto& body) {  // with a fixed count, unrolled, where it is one
+        if (count == kChunk) {
+          for (int64_t i = 0; i < kChunk; ++i) body(i);
+        } else {
+          for (int64_t i = 0; i < count; ++i) body(i);
+        }
+      };
+      void* target = static_cast<char*>(out) + j * size;
+      if (bias != nullptr && dropout == nullptr) {
+        each([&](int64_t i) { line[i] = alpha * sum[j + i] + bias[j + i]; });
+      } else {
+        each([&](int64_t i) { line[i] = alpha * sum[j + i]; });
+        if (dropout != nullptr) drop(line, row, column + j, count, *dropout);
+        if (bias != nullptr) each([&](int64_t i) { line[i] += bias[j + i]; });
+      }
+      if (residual != nullptr) {
+        load(static_cast<const char*>(residual) + j * size, dtype, count, other);
+        each([&](int64_t i) { line[i] += other[i]; });
+      }
+      if (accumulate) {
+        load(target, dtype, count, other);
+        each([&](int64_t i) { line[i] += other[i]; });
+      }
+      store(line, count, dtype, target);
+    }
+  }
+
+  static Acc sum_of(Vector v) {
+    Acc total[kLanes];
+    *reinterpret_cast<Loose*>(total) = v;
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+    }
+    return total[0];
+  }
+
+  template <int kRows, bool kBFloat16>
+  static void dots_of(const Acc* a, int64_t lda, const void* const* b, int64_t k, Acc* c, int64_t ldc) {
+    Vector sum[kRows][4] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= k; j += kLanes) {
+      Vector row[kRows];
+      for (int i = 0; i < kRows; ++i) row[i] = at(a + i * lda + j);
+      for (int column = 0; column < 4; ++column) {
+        Vector other;
+        if constexpr (kBFloat16) {
+          alignas(64) Acc wide[kLanes];
+          load(static_cast<const uint16_t*>(b[column]) + j, Dtype::kBFloat16, kLanes, wide);
+          other = at(wide);
+        } else {
+          other = at(static_cast<const Acc*>(b[column]) + j);
+        }
+        for (int i = 0; i < kRows; ++i) sum[i][column] += row[i] * other;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int column = 0; column < 4; ++column) {
+        Acc total = sum_of(sum[i][column]);
+        for (int64_t rest = j; rest < k; ++rest) {
+          Acc other;
+          if constexpr (kBFloat16) {
+            other = from_bfloat16(static_cast<const uint16_t*>(b[column])[rest]);
+          } else {
+            other = static_cast<const Acc*>(b[column])[rest];
+          }
+          total += a[i * lda + rest] * other;
+        }
+        c[i * ldc + column] = total;
+      }
+    }
+  }
+
+  static void dots(int64_t rows, const Acc* a, int64_t lda, const void* const* b, Dtype dtype, int64_t k, Acc* c,
+                   int64_t ldc) {
+    const bool half = dtype == Dtype::kBFloat16;
+    if (rows == 1) return half ? dots_of<1, true>(a, lda, b, k, c, ldc) : dots_of<1, false>(a, lda, b, k, c, ldc);
+    if (rows == 2) return half ? dots_of<2, true>(a, lda, b, k, c, ldc) : dots_of<2, false>(a, lda, b, k, c, ldc);
+    half ? dots_of<4, true>(a, lda, b, k, c, ldc) : dots_of<4, false>(a, lda, b, k, c, ldc);
   }
 
   static Acc dot(const Acc* a, const Acc* b, int64_t n) {
     Vector sum[4] = {};
     int64_t i = 0;
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      for (int j = 0; j < 4; ++j) {
-        sum[j] +=
-            *reinterpret_cast<const Loose*>(a + i + j * kLanes) * *reinterpret_cast<const Loose*>(b + i + j * kLanes);
-      }
+      for (int j = 0; j < 4; ++j) sum[j] += at(a + i + j * kLanes) * at(b + i + j * kLanes);
     }
-    for (int j = 0; i + kLanes <= n; i += kLanes, ++j) {
-      sum[j] += *reinterpret_cast<const Loose*>(a + i) * *reinterpret_cast<const Loose*>(b + i);
-    }
-    const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    Acc total = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) total += all[lane];
+    for (int j = 0; i + kLanes <= n; i += kLanes, ++j) sum[j] += at(a + i) * at(b + i);
+    Acc total = sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; i < n; ++i) total += a[i] * b[i];
     return total;
   }
@@ -131,6 +261,24 @@ struct Loops {
   }
 
   static constexpr Isa<Acc> table(const char* name, plan::Processor processor) {
-    return {name, processor, kRows, kColumns, micro, load, store, drop, dot, axpy};
+    constexpr int kStep = RP_ROW_STEP;
+    return {name,
+            processor,
+            kStep,
+            kLanes,
+            {{micro<kStep, 1>, micro<kStep, 2>},
+             {micro<2 * kStep, 1>, micro<2 * kStep, 2>},
+             {micro<3 * kStep, 1>, micro<3 * kStep, 2>}},
+            {},
+            load,
+            store,
+            load_lines,
+            round_lines,
+            drop,
+            mask,
+            finish,
+            dots,
+            dot,
+            axpy};
   }
 };
