@@ -58,8 +58,10 @@ finetune: $(READY)  ## a tiny LLaVA learns from real pictures, by Trainer
 test: $(READY)  ## the Python tests
 	$(PYTHON) -m pytest -q tests $(ARGS)
 
-bench: $(READY)  ## the benchmarks, on a GPU
-	$(PYTHON) benchmarks/bench_layer.py $(ARGS)
+bench: $(READY)  ## the benchmarks, on a GPU where there is one, into benchmarks/results/; ARGS go to pytest
+	@mkdir -p build
+	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=build/bench.json $(ARGS)
+	$(PYTHON) benchmarks/report.py build/bench.json
 
 lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(PYTHON) -m ruff check

@@ -25,7 +25,6 @@ from shapes import SWEEP_M, SWEEP_TOKENS, TABLES, Shape
 # A backward that is repeated still needs what its forward left; only torch.compile would overwrite it.
 torch._functorch.config.donated_buffer = False
 
-CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
 SWEEP_PEERS = ["routed_peft", "eager", "aten", "base"]
 ROUNDS = 50
 PLAYER = measure.Recorded()
@@ -52,18 +51,19 @@ def cells(option) -> list[Cell]:
     def wanted(shapes):
         return [shape for shape in shapes if any(word in shape.name for word in option.shapes)]
 
-    clocks = CLOCKS[option.device]
     found = [
         Cell(shape, dtype, way, clock, peer)
         for shape in wanted(TABLES[option.size].values())
         for dtype in option.dtypes
         for way in ways(shape)
-        for clock in clocks
+        for clock in option.clocks
         for peer in option.peers
     ]
     sweeps = wanted(SWEEP_TOKENS[option.size] + SWEEP_M[option.size])
     peers_of_sweeps = [peer for peer in option.peers if peer in SWEEP_PEERS]
-    found += [Cell(shape, option.dtypes[0], "step", clocks[0], peer) for shape in sweeps for peer in peers_of_sweeps]
+    found += [
+        Cell(shape, option.dtypes[0], "step", option.clocks[0], peer) for shape in sweeps for peer in peers_of_sweeps
+    ]
     return found
 
 

@@ -27,6 +27,7 @@ def pytest_addoption(parser):
     group.addoption("--size", choices=["small", "full"], help="of the shapes; full on a GPU, small on a CPU")
     group.addoption("--dtypes", type=words, help="float32,bfloat16 on a CPU, bfloat16 on a GPU")
     group.addoption("--peers", type=words, default=[*peers.PEERS], help="all")
+    group.addoption("--clocks", type=words, help="all that the device has: wall on a CPU; graph, graph warm, wall")
     group.addoption("--shapes", type=words, default=[""], help="those whose name holds one of these words")
     group.addoption("--seconds", type=float, default=2.0, help="for the rounds of one group; it gets three at least")
 
@@ -37,7 +38,10 @@ def pytest_configure(config):
     gpu = option.device == "cuda"
     option.size = option.size or ("full" if gpu else "small")
     option.dtypes = option.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
-    for given, known in ((option.peers, peers.PEERS), (option.dtypes, measure.DTYPES)):
+    option.clocks = option.clocks or measure.CLOCKS[option.device]
+    known_words = {"peers": peers.PEERS, "dtypes": measure.DTYPES, "clocks": measure.CLOCKS[option.device]}
+    for name, known in known_words.items():
+        given = getattr(option, name)
         if unknown := [word for word in given if word not in known]:
             raise pytest.UsageError(f"{', '.join(unknown)}: there are {', '.join(known)}")
     if gpu and not routed_peft.build_info().get("cuda"):

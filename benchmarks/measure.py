@@ -27,6 +27,7 @@ import routed_peft
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now

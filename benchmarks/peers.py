@@ -359,7 +359,7 @@ def _peft(layer: Layer, autocast_adapter_dtype: bool) -> Forward:
         adapted.base_layer.bias.copy_(layer.bias)
         adapted.lora_A["default"].weight.copy_(layer.A)
         adapted.lora_B["default"].weight.copy_(_plain_up(layer))
-    return adapted.requires_grad_(not s.cached).train()
+    return (adapted.requires_grad_(False) if s.cached else adapted).train()  # of the rest, PEFT froze the base layer
 
 
 def peft_default(layer: Layer) -> Forward:

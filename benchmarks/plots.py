@@ -71,6 +71,7 @@ def roofline(result: Result, groups: dict):
         axis.set(ylabel="GFLOP/s", ylim=(min(slowest, peak / 10) / 3, peak * 1.5))
         axis.xaxis.set_major_formatter(PLAIN)
         axis.yaxis.set_major_formatter(PLAIN)
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3, which="both")
     return figure

@@ -7,8 +7,8 @@
 #   tools/gpu_check.sh bench        the benchmarks, into benchmarks/results/
 #
 # Each builds the extension in place first, for this GPU alone. Needs, already there: PYTHON (python3) with torch for
-# CUDA, numpy, transformers, safetensors, setuptools, pybind11, ninja, pytest; nvcc and compute-sanitizer on PATH or in
-# CUDA_HOME. RESULTS is another folder for the benchmarks' report. No setting of the GPU is touched.
+# CUDA, numpy, transformers, safetensors, setuptools, pybind11, ninja, pytest, and for bench pytest-benchmark and
+# matplotlib; nvcc and compute-sanitizer on PATH or in CUDA_HOME. RESULTS is another folder for the benchmarks' report. No setting of the GPU is touched.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
@@ -64,8 +64,17 @@ run_sanitize() {
 }
 
 run_bench() {
-  limited "$PYTHON" benchmarks/bench_layer.py --results "$RESULTS"
+  local written=build/gpu_bench.json
+  mkdir -p build && rm -f "$written"
+  # The kernels first, and interrupted at the end of its time, so that pytest writes what there is by then.
+  timeout --signal=INT --kill-after=30 $((deadline - SECONDS)) \
+    "$PYTHON" -m pytest benchmarks/bench_kernels.py benchmarks/bench_layer.py -q --benchmark-only --device cuda \
+    --dtypes bfloat16 --peers routed_peft,eager,aten,base --clocks graph,wall --seconds 0.3 --maxfail=20 --tb=short \
+    --benchmark-columns=min,median,rounds --benchmark-json="$written"
   note "benchmarks" $?
+  [ -s "$written" ] || { note "report of the benchmarks, which wrote nothing" 1; return; }
+  "$PYTHON" benchmarks/report.py --out "$RESULTS" "$written"
+  note "report of the benchmarks" $?
 }
 
 [ $# -gt 0 ] || set -- test sanitize bench
