@@ -4,6 +4,7 @@ pytest benchmarks --benchmark-only
 pytest benchmarks/bench_layer.py --benchmark-only --shapes gpt2,decode --peers routed_peft,eager,base
 """
 
+import shlex
 import statistics
 from collections import Counter
 
@@ -63,7 +64,10 @@ def pytest_runtest_logreport(report):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     option = config.option
-    output_json["facts"] = measure.facts(option.device) | {"size": option.size, "seconds a group": option.seconds}
+    given = [word for word in config.invocation_params.args if not str(word).startswith("--benchmark-json")]
+    output_json["facts"] = measure.facts(option.device) | {
+        "command": shlex.join(["pytest", *map(str, given)]), "size": option.size, "seconds a group": option.seconds
+    }  # fmt: skip
     if used := {torch_dtype for name, torch_dtype in measure.DTYPES.items() if name in option.dtypes}:
         rates = {str(dtype).removeprefix("torch."): measure.product_rate(option.device, dtype) for dtype in used}
         output_json["facts"]["products, GFLOP/s"] = {name: round(rate / 1e9, 1) for name, rate in rates.items()}

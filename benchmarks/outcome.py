@@ -65,6 +65,8 @@ def load(paths: list[Path]) -> Result:
         for what in ("device", "torch", "commit"):
             if result.facts and facts[what] != result.facts[what]:
                 raise SystemExit(f"{path}: {what} is {facts[what]}, of the files before {result.facts[what]}")
+        if result.facts and facts.get("command") not in result.facts["command"].split("; "):
+            result.facts["command"] += f"; {facts['command']}"
         result.facts = result.facts or facts
         result.notes += [note for note in raw.get("notes", []) if note not in result.notes]
         result.shapes |= raw.get("shapes", {})

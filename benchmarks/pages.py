@@ -8,7 +8,6 @@ import textwrap
 import peers
 from outcome import OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio
 
-COMMAND = "make bench"
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 # What the README shows, where it was measured, beside the cells that lose most to aten.
 SHOWN = [
@@ -18,8 +17,8 @@ SHOWN = [
 README_PEERS = (OURS, "eager", "compile", "aten", "peft", "base")
 LAYERS = """\
 Medians; after the comma how many times as long as routed_peft that is, **bold** where the peer is faster. An adapter's
-time is the layer's less that of base. `of copy` is what routed_peft has to move (benchmarks/model.py) over its time, as
-a part of the measured copy bandwidth.
+time is the layer's less that of base, and – where no more than the spread is left of it. `of copy` is what routed_peft
+has to move (benchmarks/model.py) over its time, as a part of the measured copy bandwidth.
 """
 MEMORY = """\
 MB that are kept for the backward, without parameters / MB at most beyond what was there before.
@@ -134,7 +133,7 @@ def summary(result: Result) -> list[str]:
 def page(result: Result, pictures: list[str]) -> str:
     facts = [f"* {key}: {json.dumps(v) if isinstance(v, dict) else v}" for key, v in result.facts.items()]
     lines = [f"# Benchmarks: {result.facts['device']}", ""]
-    lines += [f"By `{COMMAND}` and benchmarks/report.py from [{result.name}.json]({result.name}.json).", "", *facts, ""]
+    lines += [f"By benchmarks/report.py from [{result.name}.json]({result.name}.json).", "", *facts, ""]
     if result.notes:
         lines += ["Not measured:", "", *(f"* {note}" for note in result.notes), ""]
     if result.groups():
@@ -164,11 +163,11 @@ def readme_block(result: Result) -> str:
     for key in keys:
         shape = f"{key[0]}: {result.shapes[key[0]]['text']}"
         body.append([shape, key[1], key[2], *(times_of(groups[key], peer) for peer in names)])
-    threads = [f"{facts['threads']} threads"] if "threads" in facts else []
+    threads = [f"threads: {facts['threads']}"] if "threads" in facts else []
     machine = [facts["device"], *threads, f"torch {facts['torch']}", facts["date"], f"commit {facts['commit']}"]
     compared = sum(ratio(group, "aten") is not None for group in groups.values())
     where = "; the last rows are where it loses most" if losses else ""
-    lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=COMMAND), ""]
+    lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=facts["command"]), ""]
     lines += table(["layer", "dtype", "", *names], body)
     lines += [paragraph(REST, slower=SLOWER - 1, lost=len(losses), compared=compared, where=where)]
     return "\n".join([*lines, "", paragraph(MORE, name=result.name), MARKS[1]])

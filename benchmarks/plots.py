@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 COLORS = dict(zip(peers.PEERS, plt.get_cmap("tab10").colors, strict=True))
 FAMILY_MARKS = {"paper": "o", "llava": "s", "decode": "^"}
 CLOCKS = ("wall", "graph")  # of a GPU's three the last of these; of a CPU the first
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def draw(result: Result, folder: Path) -> list[str]:
@@ -54,9 +53,9 @@ def roofline(result: Result, groups: dict):
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         mine = {key: group["routed_peft"] for key, group in groups.items() if key[1] == dtype}
         intensity = {key: row["model_flops"] / row["model_bytes"] for key, row in mine.items()}
-        ends = [min(intensity.values()) / 2, max(intensity.values()) * 2]
         peak = result.facts["products, GFLOP/s"][dtype]
-        knee = min(max(peak / copy, ends[0]), ends[1])
+        knee = peak / copy
+        ends = [min(*intensity.values(), knee) / 3, max(*intensity.values(), knee) * 3]
         roof = [min(copy * x, peak) for x in (ends[0], knee, ends[1])]
         axis.plot([ends[0], knee, ends[1]], roof, color="black", label=f"copy {copy:g} GB/s, product {peak:g} GFLOP/s")
         for way, color in zip(("forward", "backward", "step"), ("tab:blue", "tab:orange", "tab:green"), strict=True):
@@ -69,8 +68,9 @@ def roofline(result: Result, groups: dict):
         axis.set(xscale="log", yscale="log", title=f"routed_peft, {dtype}", xlabel="operations a byte, by the model")
         slowest = min(row["model_flops"] / row["median"] / 1e9 for row in mine.values())
         axis.set(ylabel="GFLOP/s", ylim=(min(slowest, peak / 10) / 3, peak * 1.5))
-        axis.xaxis.set_major_formatter(PLAIN)
-        axis.yaxis.set_major_formatter(PLAIN)
+        _log_ticks(axis.set_xticks, *axis.get_xlim())
+        _log_ticks(axis.set_yticks, *axis.get_ylim())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3, which="both")
@@ -91,13 +91,17 @@ def _bars(axis, groups: list[tuple[str, dict]], names: list[str], value, start: 
     axis.set_yticks(range(len(groups)), [name for name, _ in groups])
     axis.set_ylim(len(groups) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
-    low, high = axis.get_xlim()
+    _log_ticks(axis.set_xticks, *axis.get_xlim())
+    axis.minorticks_off()
+
+
+def _log_ticks(put, low: float, high: float) -> None:
+    """A tick at round numbers, written as such."""
     ticks = [digit * 10**power for power in range(-3, 7) for digit in (1, 1.5, 2, 3, 5, 7)]
     ticks = [tick for tick in ticks if low <= tick <= high]
     if len(ticks) > 7:
         ticks = [tick for tick in ticks if f"{tick:g}".strip("0.") in ("1", "2", "5")]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
+    put(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _bar_figure(panels: list[tuple[str, list[tuple[str, dict]], object, float]], names: list[str], label: str):
@@ -181,11 +185,8 @@ def sweep(result: Result, family: str, along: str):
     axis.set(xscale="log", yscale="log", title=title, xlabel=along, ylabel="ms")
     ticks = sorted({result.shapes[key[0]][along] for key in groups})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.yaxis.set_major_formatter(PLAIN)
-    axis.yaxis.set_minor_formatter(PLAIN)
-    axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.minorticks_on()
-    axis.tick_params(axis="x", which="minor", bottom=False)
+    _log_ticks(axis.set_yticks, *axis.get_ylim())
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

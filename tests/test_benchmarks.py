@@ -1,0 +1,241 @@
+"""The benchmarks: peers are what they say, and a run becomes a result, its pages and README's section."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import measure  # noqa: E402
+import model  # noqa: E402
+import outcome  # noqa: E402
+import pages  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+import shapes  # noqa: E402
+
+
+def tiny(name, **changes):
+    """A shape of the table, as small as it can be and still be itself."""
+    shape = shapes.SMALL[name]
+    out = 16 * (shape.out // shape.d if shape.merged else 2)
+    return replace(shape, batch=2, n=5, d=16, out=out, r=4, m=min(shape.m, 3), **changes)
+
+
+TINY = {
+    "add": tiny("gpt2-add"),
+    "mul": tiny("roberta-mul"),
+    "mul, pooled": tiny("llava-mul"),
+    "expand": tiny("gpt2-expand"),
+    "gram": tiny("gpt2-gram"),
+    "gram, one token": tiny("gpt2-long-gram"),
+    "gram, cached": tiny("decode-8-gram"),
+    "mul, cached": tiny("decode-64-mul"),
+}
+
+
+@pytest.mark.parametrize("shape", TINY.values(), ids=TINY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("peer", [name for name in peers.ROUTED if name != "compile"])
+def test_a_peer_is_the_layer(peer, dtype, shape):
+    peers.check(peer, shape, dtype, "cpu")
+
+
+def test_a_compiled_peer_is_the_layer():
+    peers.check("compile", TINY["mul"], torch.float32, "cpu")
+
+
+WRONG = {
+    "output": lambda out, layer: out * 1.001,
+    "gradient": lambda out, layer: out.detach() + (out - out.detach()) * 1.001,
+    "gradient of A": lambda out, layer: out + (layer.A - layer.A.detach()).sum() * 0.1,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_peer_is_found_out(monkeypatch, wrong):
+    def peer(layer):
+        right = peers.eager(layer)
+        return lambda x: wrong(right(x), layer)
+
+    monkeypatch.setitem(peers.ROUTED, "eager", peer)
+    with pytest.raises(AssertionError, match="eager on mul.*is off by"):
+        peers.check("eager", TINY["mul"], torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", peers.FLOORS)
+def test_a_floor_runs_or_says_why_not(name):
+    """It computes another function, but of the same sizes, and what it trains gets gradients."""
+    layer = peers.Layer(TINY["mul"], torch.bfloat16, "cpu")
+    try:
+        forward = peers.FLOORS[name](layer)
+    except peers.Unavailable as why:
+        assert name in ("lorafusion", "unsloth") and "GPU" in str(why) or "not installed" in str(why)
+        return
+    out, x = forward(layer.x[0]), layer.x[0]
+    assert out.shape == layer.dout[0].shape
+    learned = peers.trained(name, layer, forward)
+    assert len(learned) == (0 if name == "base" else 2)
+    assert all(g is not None for g in torch.autograd.grad(out, (x, *learned), layer.dout[0]))
+
+
+def test_peers_take_turns():
+    order = []
+
+    def sample(name):
+        return lambda: order.append(name) or float(len(order))
+
+    times = measure.interleaved({name: sample(name) for name in "abc"}, rounds=4, seconds=60)
+    assert "".join(order) == "abc" + "abccba" * 2
+    assert times["a"] == [4, 9, 10, 15]  # without the first round
+    assert {len(mine) for mine in times.values()} == {4}
+
+
+def test_a_slow_group_gets_three_rounds():
+    times = measure.interleaved({name: lambda: 1.0 for name in "ab"}, rounds=50, seconds=0)
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_a_step_is_forward_and_backward():
+    for shape in shapes.FULL.values():
+        forward, backward = (model.moved_bytes(shape, way, 2) for way in ("forward", "backward"))
+        assert model.moved_bytes(shape, "step", 2) == forward + backward
+        # Reading x and W and writing the output is the least of it; a few R-wide products are the most of the rest.
+        least = 2 * (shape.tokens * (shape.d + shape.out) + shape.d * shape.out)
+        assert least < forward < 4 * least + 2 * shape.batch * shape.m * shape.d
+        assert model.flops(shape, "forward") > 2 * shape.tokens * shape.d * shape.out
+
+
+def test_the_predictions_are_those_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "RESULTS", tmp_path)
+    model.main()
+    assert (tmp_path / "predicted.md").read_text() == (BENCHMARKS / "results" / "predicted.md").read_text()
+
+
+# ---- a run and its report
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What pytest-benchmark wrote of a training layer, a cached one and a point of a sweep."""
+    written = tmp_path_factory.mktemp("run") / "bench.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_layer.py", "-q", "--benchmark-only", "--device=cpu"]
+    command += ["--shapes=gpt2-mul,decode-1-gram,sweep-m-4", "--peers=routed_peft,eager,peft default,base"]
+    command += ["--dtypes=float32", "--seconds=0", f"--benchmark-json={written}", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(written.read_text()), written
+
+
+def test_a_run_has_every_cell_with_its_numbers(ran):
+    raw, _ = ran
+    ways = [("gpt2-mul", way) for way in model.WAYS] + [("decode-1-gram", "forward"), ("sweep-m-4", "step")]
+    found = {(b["extra_info"]["name"], b["extra_info"]["way"], b["extra_info"]["peer"]) for b in raw["benchmarks"]}
+    assert found == {(*way, peer) for way in ways for peer in ("routed_peft", "eager", "base")}
+    for bench in raw["benchmarks"]:
+        info, stats = bench["extra_info"], bench["stats"]
+        assert stats["rounds"] == 3
+        assert 0 < stats["min"] <= stats["p20"] <= stats["median"] <= stats["p80"] <= stats["max"]
+        assert info["model_bytes"] > 0 and info["floor_seconds"] > 0
+        assert ("saved_bytes" in info) == (info["way"] == "step")
+        if info["way"] == "step" and info["peer"] != "base":
+            assert info["saved_bytes"] >= info["tokens"] * info["shape"]["d"] * 4  # x, if nothing else
+    assert {"device", "torch", "commit", "date", "threads", "copy bandwidth, GB/s"} <= set(raw["facts"])
+    assert any("the same as peft in float32" in note for note in raw["notes"])
+
+
+def test_a_run_becomes_a_result_and_its_pages(ran, tmp_path, monkeypatch):
+    raw, written = ran
+    monkeypatch.setattr(sys, "argv", ["report.py", str(written), "--out", str(tmp_path)])
+    report.main()
+    result = outcome.load([written])
+    again = outcome.load([tmp_path / f"{result.name}.json"])
+    assert (again.facts, again.notes, again.shapes, again.rows) == (
+        result.facts, result.notes, result.shapes, result.rows
+    )  # fmt: skip
+    with (tmp_path / f"{result.name}.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(raw["benchmarks"])
+    page = (tmp_path / "README.md").read_text()
+    for words in ("gpt2-mul", "decode-1-gram", "### step, float32, wall", result.facts["torch"], "--shapes=gpt2-mul"):
+        assert words in page
+    pictures = re.findall(r"!\[\w+\.png\]\((\w+\.png)\)", page)
+    assert pictures == ["roofline.png", "ratios.png", "m.png", "memory.png"]
+    for name in pictures:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 5000
+
+
+def made_up(**medians):
+    """A result with one group."""
+    shape = shapes.SMALL["gpt2-add"]
+    said = dict(kind="layer", name=shape.name, dtype="float32", way="step", clock="wall", device="cpu")
+    said |= dict(model_bytes=1e6, model_flops=1e9, floor_seconds=1e-3, saved_bytes=1e6, peak_bytes=None, n=3)
+    rows = [
+        said | dict(peer=peer, min=median, p20=median, median=median, p80=median) for peer, median in medians.items()
+    ]
+    about = dict(shape=vars(shape), family=shape.family, text=str(shape), tokens=shape.tokens, M=1, R=shape.width)
+    facts = {
+        "command": "pytest",
+        "device": "a CPU",
+        "date": "2026-01-01",
+        "commit": "abc",
+        "torch": "2",
+        "copy bandwidth, GB/s": 10.0,
+    }
+    return outcome.Result(facts, [], {shape.name: about}, rows)
+
+
+def test_a_cell_that_is_lost_is_shown():
+    result = made_up(routed_peft=2e-3, eager=3e-3, aten=1.5e-3, base=1e-3)
+    page, block = pages.page(result, []), pages.readme_block(result)
+    for text in (page, block):
+        assert "1.5 ms, **0.75**" in text  # aten
+        assert "3 ms, 1.50" in text  # eager
+    assert "Slower than aten by more than 3% in 1 of 1 groups.\n  * gpt2-add, float32, step, wall: 0.75" in page
+    assert "| gpt2-add | float32 | step | wall | layer against aten | 0.97 | **0.75** |" in page
+    assert "1 of 2 aims missed" in page  # the adapter, at 2.0 times eager's, is not
+    assert "slower than aten by more than 3% in 1 of 1" in " ".join(block.split())
+
+
+def test_a_cell_that_is_won_is_no_loss():
+    result = made_up(routed_peft=2e-3, eager=3e-3, aten=1.97e-3, base=1e-3)  # within the spread
+    assert outcome.lost(result, "aten") == []
+    assert "0 of 2 aims missed" in pages.page(result, [])
+    assert "in 0 of 1 groups" in " ".join(pages.readme_block(result).split())
+
+
+def test_parts_of_different_machines_do_not_mix(tmp_path):
+    files = []
+    for device in ("one", "another"):
+        result = made_up(routed_peft=1e-3)
+        result.facts["device"] = device
+        files.append(tmp_path / f"{device}.json")
+        outcome.write_json(result, files[-1])
+    with pytest.raises(SystemExit, match="device is another, of the files before one"):
+        outcome.load(files)
+
+
+def test_other_kinds_get_a_table():
+    result = made_up(routed_peft=1e-3, base=1e-3)
+    times = dict(min=1e-3, p20=1e-3, median=2e-3, p80=3e-3, n=3)
+    result.rows += [
+        dict(kind="model", form="llava", peer=peer, met=met, **times) for peer, met in (("a", True), ("b", False))
+    ]
+    page = pages.page(result, [])
+    assert "## Model\n\n| form | peer | met | median |" in page
+    assert "| llava | b | **no** | 2 ms |" in page
+
+
+def test_the_readme_says_what_its_result_says():
+    readme = (ROOT / "README.md").read_text()
+    block = readme[readme.index(pages.MARKS[0]) : readme.index(pages.MARKS[1]) + len(pages.MARKS[1])]
+    name = re.search(r"`(benchmarks/results/[^`]+\.json)`", block)[1]
+    assert block == pages.readme_block(outcome.load([ROOT / name]))
