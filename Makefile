@@ -60,8 +60,9 @@ test: $(READY)  ## the Python tests
 
 bench: $(READY)  ## the benchmarks, on a GPU where there is one, into benchmarks/results/; ARGS go to pytest
 	@mkdir -p build
-	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=build/bench.json $(ARGS)
-	$(PYTHON) benchmarks/report.py build/bench.json
+	@rm -f build/bench.json
+	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=build/bench.json $(ARGS); status=$$?; \
+	$(PYTHON) benchmarks/report.py build/bench.json && exit $$status
 
 lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(PYTHON) -m ruff check
