@@ -23,20 +23,20 @@ constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into wher
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// What the micro kernels take: `Unit`s of kEach numbers that lie behind one another in k, and kDepth numbers in a step.
-// A step is also the longest chain of additions: short chains round less, at some cost in speed (tests/test_accuracy.py
-// is what a longer one fails). Rounded factors hide that.
+constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
+
+// What the micro kernels take: `Unit`s of kEach numbers that lie behind one another in k.
 template <class Acc>
 struct Plain {
   using Unit = Acc;
   using Number = Acc;
-  static constexpr int64_t kEach = 1, kDepth = 64;
+  static constexpr int64_t kEach = 1;
   static auto micro(int64_t i, int64_t v) { return isa<Acc>().micro[i][v]; }
 };
 struct Pairs {
   using Unit = uint32_t;
   using Number = uint16_t;
-  static constexpr int64_t kEach = 2, kDepth = 128;
+  static constexpr int64_t kEach = 2;
   static auto micro(int64_t i, int64_t v) { return isa<float>().pairs[i][v]; }
 };
 
@@ -233,21 +233,21 @@ void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epil
                int64_t block, const typename Format::Unit* laid) {
   using Unit = typename Format::Unit;
   const Isa<Acc>& set = isa<Acc>();
-  const int64_t k = a.matrix.cols, steps = (k + Format::kDepth - 1) / Format::kDepth;
+  const int64_t k = a.matrix.cols, steps = (k + kDepth - 1) / kDepth;
   const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
   const int64_t rows = std::min(grid.rows, out.rows - i0), right = std::min(left + grid.columns, out.cols);
   const int64_t padded_rows = up(rows, set.row_step), width = grid.near;
   const bool columns = lines_are_columns(a), keep = k <= kShort;
   thread_local Scratch<Acc> sum_scratch;
   thread_local Scratch<Unit> tile_scratch, panel_scratch;
-  const int64_t tile_size = padded_rows * Format::kDepth / Format::kEach;
+  const int64_t tile_size = padded_rows * kDepth / Format::kEach;
   Unit* tiles = tile_scratch.get(tile_size * (keep ? std::max<int64_t>(steps, 1) : 1));
   for (int64_t j0 = left; j0 < right; j0 += width) {
     const int64_t cols = std::min(width, right - j0), padded_cols = up(cols, set.lanes);
     Acc* sums = sum_scratch.get(padded_rows * padded_cols);
     std::fill_n(sums, padded_rows * padded_cols, Acc{0});
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t k0 = s * Format::kDepth, depth = std::min(Format::kDepth, k - k0);
+      const int64_t k0 = s * kDepth, depth = std::min(kDepth, k - k0);
       const int64_t units = up(depth, Format::kEach) / Format::kEach;
       Unit* tile = tiles + (keep ? s * tile_size : 0);
       if (!keep || j0 == left) {
@@ -259,7 +259,7 @@ void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epil
       }
       const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
       if (panels == nullptr) {
-        Unit* fresh = panel_scratch.get(padded_cols * Format::kDepth / Format::kEach);
+        Unit* fresh = panel_scratch.get(padded_cols * kDepth / Format::kEach);
         lay_panels<Acc, Format>(b, k0, j0, depth, cols, fresh);
         panels = fresh;
       }
@@ -284,12 +284,12 @@ void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epil
 template <class Acc, class Format>
 Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const Blocking& grid) {
   const int64_t k = b.matrix.rows, n = b.matrix.cols, width = grid.near;
-  const int64_t steps = (k + Format::kDepth - 1) / Format::kDepth;
+  const int64_t steps = (k + kDepth - 1) / kDepth;
   Array<typename Format::Unit> laid(up(n, isa<Acc>().lanes) * (up(k, Format::kEach) / Format::kEach));
   parallel(host, (n + width - 1) / width * steps, double(n * k), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t j0 = item / steps * width, k0 = item % steps * Format::kDepth, cols = std::min(width, n - j0);
-      lay_panels<Acc, Format>(b, k0, j0, std::min(Format::kDepth, k - k0), cols,
+      const int64_t j0 = item / steps * width, k0 = item % steps * kDepth, cols = std::min(width, n - j0);
+      lay_panels<Acc, Format>(b, k0, j0, std::min(kDepth, k - k0), cols,
                               laid.get() + laid_at<Acc, Format>(j0, cols, k0, k));
     }
   });

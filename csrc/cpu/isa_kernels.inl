@@ -58,19 +58,25 @@ struct Loops {
 
   template <int kRows, int kVectors>
   static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, Acc* c, int64_t ldc) {
-    Vector sum[kRows][kVectors] = {};  // from zero, not from c: short chains of additions round less than one long one
-    for (int64_t k = 0; k < depth; ++k) {
-      Vector b[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        b[v] = *reinterpret_cast<const Vector*>(panel + (k * kVectors + v) * kLanes);
+    // In chains of kChain additions, each from zero: short chains round less than one long one, at some cost in speed
+    // (tests/test_accuracy.py is what longer ones fail).
+    constexpr int64_t kChain = 64;
+    for (int64_t first = 0; first < depth; first += kChain) {
+      const int64_t last = first + kChain < depth ? first + kChain : depth;
+      Vector sum[kRows][kVectors] = {};
+      for (int64_t k = first; k < last; ++k) {
+        Vector b[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          b[v] = *reinterpret_cast<const Vector*>(panel + (k * kVectors + v) * kLanes);
+        }
+        for (int i = 0; i < kRows; ++i) {
+          const Acc value = a[i * a_row + k * a_col];
+          for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+        }
       }
       for (int i = 0; i < kRows; ++i) {
-        const Acc value = a[i * a_row + k * a_col];
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Loose*>(c + i * ldc + v * kLanes) += sum[i][v];
       }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Loose*>(c + i * ldc + v * kLanes) += sum[i][v];
     }
   }
 

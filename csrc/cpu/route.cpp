@@ -112,6 +112,12 @@ struct Work {
   const Acc* matrix(const Segment& s, int64_t g) const { return state.data + (s.condition * p.groups + g) * w() * w(); }
   // Row of V that belongs to row n of the segment.
   int64_t token(const Segment& s, int64_t n) const { return p.conditions.begin(s.condition) + s.offset + n; }
+  // An epilogue for gram on V itself: T, V and what is made of them may be rounded where eager's are.
+  Epilogue on_tokens(bool accumulate, double alpha = 1) const {
+    Epilogue e = adding(accumulate, alpha);
+    e.in_bfloat16 = p.dtype == Dtype::kBFloat16;
+    return e;
+  }
   double factor(const Segment& s) const { return state.factor != nullptr ? double(state.factor[s.condition]) : 1.0; }
 };
 
@@ -173,9 +179,9 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
           left = acc(positive_t + g * w, rows, w, width);
           right = acc(positive_v + g * w, count, w, width);
         }
-        const Matrix pm = acc(product, rows, count, count);
-        gemm_serial<Acc>(pm, left, right.transposed(), adding(false, work.factor(s)));
-        gemm_serial<Acc>(zg, pm, vg, adding(true));
+        const Matrix turned = acc(product, count, rows, rows);  // V Tᵀ: the shorter of the two is laid out
+        gemm_serial<Acc>(turned, right, left.transposed(), work.on_tokens(false, work.factor(s)));
+        gemm_serial<Acc>(zg, turned.transposed(), vg, work.on_tokens(true));
       }
       continue;
     }
@@ -265,20 +271,20 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
           positive_part(v, count * width, positive_v);
           first_v = acc(positive_v + g * w, count, w, width);
         }
-        const Matrix pm = acc(product, rows, count, count), dpm = acc(dproduct, rows, count, count);
-        gemm_serial<Acc>(dpm, gg, vg.transposed(), adding(false, work.factor(s)));
-        gemm_serial<Acc>(dtg, dpm, first_v, adding(true));
+        const Matrix pm = acc(product, count, rows, rows), dpm = acc(dproduct, count, rows, rows);  // turned
+        gemm_serial<Acc>(dpm, vg, gg.transposed(), work.on_tokens(false, work.factor(s)));
+        gemm_serial<Acc>(dtg, dpm.transposed(), first_v, work.on_tokens(true));
         if (!dstate) continue;
-        gemm_serial<Acc>(pm, positive_g, first_v.transposed(), adding(false, work.factor(s)));
+        gemm_serial<Acc>(pm, first_v, positive_g.transposed(), work.on_tokens(false, work.factor(s)));
         Acc* dv = dstate + m * width;
         const Matrix dvg = acc(dv + g * w, count, w, width);
-        gemm_serial<Acc>(dvg, pm.transposed(), gg, adding(true));
+        gemm_serial<Acc>(dvg, pm, gg, work.on_tokens(true));
         if (!relu) {
-          gemm_serial<Acc>(dvg, dpm.transposed(), positive_g, adding(true));
+          gemm_serial<Acc>(dvg, dpm, positive_g, work.on_tokens(true));
           continue;
         }
         Acc* through = dv_scratch.get(count * w);
-        gemm_serial<Acc>(acc(through, count, w, w), dpm.transposed(), positive_g);
+        gemm_serial<Acc>(acc(through, count, w, w), dpm, positive_g, work.on_tokens(false));
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t j = 0; j < w; ++j) {
             if (v[i * width + g * w + j] > 0) dv[i * width + g * w + j] += through[i * w + j];
