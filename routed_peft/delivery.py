@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -416,6 +416,20 @@ class _Followed:
         return _Followed, (self.cache(), self.__name__)
 
 
+_CACHE = ("cache", "past_key_values")  # the second up to transformers 5.23
+
+
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a model's call, or None."""
+    return next((kwargs[name] for name in _CACHE if kwargs.get(name) is not None), None)
+
+
+def cache_of(out: Any) -> Any:
+    """The KV cache in what a model's call gave, or None."""
+    found = (getattr(out, name, None) for name in _CACHE)
+    return next((cache for cache in found if cache is not None), None)
+
+
 def memory_of(cache: Any, slot: Slot) -> Memory | None:
     """What ``cache`` (a transformers Cache) remembers for ``slot``; None if there is no such cache."""
     if not hasattr(cache, "get_seq_length"):
@@ -493,7 +507,7 @@ class CallKeywords:
             value = held.value or Delivered(None, None, None, None)
             held = held._replace(value=value._replace(input_mask=input_mask))
         if held.explicit and held.value is not None:
-            value = with_states(held.value, kwargs.get("past_key_values"), self.slot)
+            value = with_states(held.value, cache_in(kwargs), self.slot)
             if self.joint is not None and value.joint is None:
                 value = self.joint.begin(value)
             held = held._replace(value=value)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delivery import Delivered, Slot, States, bind_checkpoints, is_empty, memory_of
+from .delivery import Delivered, Slot, States, bind_checkpoints, cache_in, cache_of, is_empty, memory_of
 from .errors import ConditionShapeError, RoutedPeftError, UnsupportedError
 from .joint import JointLayers
 from .state import ConditionState
@@ -206,7 +206,7 @@ class LanguageModelTap(Tap):
         fills = self._begin(module)  # first: ``after`` leaves what this enters, whatever is raised here
         found = self.find(kwargs)
         self.slot.arrival = None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if found is None or not fills:
             self._recall(cache)
             return
@@ -217,7 +217,7 @@ class LanguageModelTap(Tap):
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """Let a cache that the call made remember its condition, too."""
-        self._remember(getattr(out, "past_key_values", None), args, kwargs)
+        self._remember(cache_of(out), args, kwargs)
         self.slot.leave()
 
 
@@ -344,7 +344,7 @@ class DecoderTap(Tap):
             raise ConditionShapeError(
                 f"the tap at '{self.path}' needs an encoder attention mask [batch, tokens], got {tuple(mask.shape)}"
             )
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if memory_of(cache, self.slot) is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._fill(self._delivered(y, _as_bool(mask), None))
         else:
@@ -364,9 +364,9 @@ class DecoderTap(Tap):
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """Watch a cache that the decoder made, too."""
-        cache, held = getattr(out, "past_key_values", None), self.slot.held()
+        cache, held = cache_of(out), self.slot.held()
         y, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        made = kwargs.get("past_key_values") is None and hasattr(cache, "get_seq_length")
+        made = cache_in(kwargs) is None and hasattr(cache, "get_seq_length")
         if y is not None and held.tapped and made and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self._kept(y, mask, cache, args, kwargs)
         self.slot.leave()
@@ -411,7 +411,7 @@ class OutputTap(Tap):
     def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Deliver what came before the call, in a generate, else what the cache remembers."""
         found, self.slot.arrival = self.slot.arrival, None
-        cache = self._call(args, kwargs).get("past_key_values")
+        cache = cache_in(self._call(args, kwargs))
         self._recall(cache)
         if found is not None:
             rows, batch = found.shape[0], _batch_of(args, kwargs)
@@ -455,8 +455,8 @@ class OutputTap(Tap):
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """Let the cache remember, the given one or the one that the call made."""
-        given = self._call(args, kwargs).get("past_key_values")
-        self._remember(getattr(out, "past_key_values", None) if given is None else given, args, kwargs)
+        given = cache_in(self._call(args, kwargs))
+        self._remember(cache_of(out) if given is None else given, args, kwargs)
 
     def _call(self, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
