@@ -166,6 +166,15 @@ struct Loops {
 
   static void finish(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
                      const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out) {
+    if (dropout == nullptr && residual == nullptr && !accumulate && element_size(dtype) == sizeof(Acc)) {
+      Acc* target = static_cast<Acc*>(out);  // the most frequent case, without a line in between
+      if (bias != nullptr) {
+        for (int64_t j = 0; j < n; ++j) target[j] = alpha * sum[j] + bias[j];
+      } else {
+        for (int64_t j = 0; j < n; ++j) target[j] = alpha * sum[j];
+      }
+      return;
+    }
     alignas(64) Acc line[kChunk], other[kChunk];
     const int64_t size = element_size(dtype);
     for (int64_t j = 0; j < n; j += kChunk) {
