@@ -226,7 +226,7 @@ void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& 
   if (dc) {
     Epilogue added;
     added.accumulate = add_dc;
-    added.in_bfloat16 = p.dtype == Dtype::kBFloat16;
+    added.in_bfloat16 = dc.dtype == Dtype::kBFloat16;
     gemm<Acc>(host, dc, dv_matrix.transposed(), Operand(p.y, p.drop_y, p.condition_mask), added);
   }
   if (db_c) column_sums<Acc>(host, db_c, dv_matrix, add_dc);

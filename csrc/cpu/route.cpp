@@ -112,10 +112,10 @@ struct Work {
   const Acc* matrix(const Segment& s, int64_t g) const { return state.data + (s.condition * p.groups + g) * w() * w(); }
   // Row of V that belongs to row n of the segment.
   int64_t token(const Segment& s, int64_t n) const { return p.conditions.begin(s.condition) + s.offset + n; }
-  // An epilogue for gram on V itself: T, V and what is made of them may be rounded where eager's are.
+  // An epilogue for gram on V itself: T, V and what is made of them may be rounded where V's factors were bfloat16.
   Epilogue on_tokens(bool accumulate, double alpha = 1) const {
     Epilogue e = adding(accumulate, alpha);
-    e.in_bfloat16 = p.dtype == Dtype::kBFloat16;
+    e.in_bfloat16 = p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16;
     return e;
   }
   double factor(const Segment& s) const { return state.factor != nullptr ? double(state.factor[s.condition]) : 1.0; }
