@@ -15,15 +15,15 @@ namespace routed_peft::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 96, kBlockColumns = 128, kWide = 256;
-constexpr int64_t kFewRows = 16;  // up to here b is read as it lies: to lay it out takes longer than the product
-constexpr int64_t kShort = 256;   // k up to which all of a block's rows of a are kept
-constexpr int64_t kShortColumns =
-    512;  // then worked on at a time: their panels stay near, and long runs of a row are written
+constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
+// Up to so many rows, a b of kLargeFactor numbers is read as it lies: to lay it out takes longer than the product.
+constexpr int64_t kFewRows = 16, kLargeFactor = 32768;
+// Up to this k all of a block's rows of a are kept, for columns that are worked on kShortColumns at a time: their
+// panels stay near, and long runs of a row are written.
+constexpr int64_t kShort = 256, kShortColumns = 512;
 constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into where its rows alone are too few
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
 
 // What the micro kernels take: `Unit`s of kEach numbers that lie behind one another in k.
 template <class Acc>
@@ -314,7 +314,8 @@ template <class Acc>
 bool few_rows(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
   const Matrix lines = b.matrix.transposed();
   const bool half = std::is_same_v<Acc, float> && lines.dtype == Dtype::kBFloat16;
-  if (out.rows > kFewRows || !plain(b) || lines.col_stride != 1 || (lines.dtype != accumulated_dtype<Acc>() && !half)) {
+  if (out.rows > kFewRows || out.cols * b.matrix.rows < kLargeFactor || !plain(b) || lines.col_stride != 1 ||
+      (lines.dtype != accumulated_dtype<Acc>() && !half)) {
     return false;
   }
   constexpr int64_t kColumns = 32;
