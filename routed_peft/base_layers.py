@@ -55,28 +55,32 @@ def may_read_weight(base: nn.Module, x: Tensor) -> bool:
         or own.get("parametrizations") is not None
     ):
         return False
-    if not all(t is None or (dense(t) and t.device == x.device) for t in (base.weight, base.bias)):
-        return False
-    return bool(base.weight.dtype == functional.compute_dtype(x))
+    weight, device = base.weight, x.device
+    for t in (weight, base.bias):
+        if t is not None and not (dense(t) and t.device == device):
+            return False
+    return bool(weight.dtype == functional.compute_dtype(x))
 
 
 def hooked(base: nn.Module) -> bool:
     """Whether a call of ``base`` runs hooks: its own, those of all modules, or accelerate's."""
-    own = base.__dict__
-    return any(own.get(hooks) for hooks in _HOOKS) or any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS)
+    return bool(
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or base.__dict__.get("_hf_hook")
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def dense(tensor: Any) -> bool:
     """A plain tensor whose memory holds the values."""
     plain = type(tensor) in (nn.Parameter, Tensor)
-    return plain and tensor.layout == torch.strided and tensor.device.type != "meta"
+    return plain and tensor.layout == torch.strided and not tensor.is_meta
 
 
 _LINEAR_FORWARD = nn.Linear.forward
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)

@@ -24,9 +24,10 @@ def check_routing(routing: str, scale: str, backend: str) -> None:
 
 def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Tensor | None) -> None:
     """Every one of the named tensors lies where x does; ``what`` is what x is called."""
+    device = x.device
     for argument, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ConditionShapeError(f"{name}: {argument} is on {tensor.device}, the {what} on {x.device}")
+        if tensor is not None and tensor.device != device:
+            raise ConditionShapeError(f"{name}: {argument} is on {tensor.device}, the {what} on {device}")
 
 
 def check_vectors(name: str, **wanted: tuple[Tensor | None, int]) -> None:
@@ -48,8 +49,8 @@ def check_condition(name: str, y: Tensor, C: Tensor, cu_seqlens: Tensor | None, 
     """y [B, M, d_c], [B, d_c] or, with offsets, [ΣM_i, d_c]."""
     if not y.is_floating_point():
         raise ConditionShapeError(f"{name}: condition must be floating point, got {y.dtype}")
-    wanted = f"[rows, {C.shape[1]}]" if cu_seqlens is not None else f"[batch, tokens, {C.shape[1]}]"
     if y.dim() not in ((2,) if cu_seqlens is not None else (2, 3)) or y.shape[-1] != C.shape[1]:
+        wanted = f"[rows, {C.shape[1]}]" if cu_seqlens is not None else f"[batch, tokens, {C.shape[1]}]"
         why = "; condition_features=None shares lora_A, so the condition needs in_features columns" if shared else ""
         raise ConditionShapeError(f"{name}: condition must be {wanted}, got {tuple(y.shape)}{why}")
     return y
@@ -108,24 +109,27 @@ def output_layout(
         if matrix is not None and (matrix.dim() != 2 or matrix.shape[1] == 0):
             raise ConditionShapeError(f"{name}: {what} must be a matrix with columns, got {tuple(matrix.shape)}")
     pairs = [tuple(pair) for pair in out_slices] if out_slices else []
-    width = B.shape[1] * max(len(pairs), 1)
+    rows, rank = B.shape
+    width = rank * max(len(pairs), 1)
     if A.shape[0] != width:
         raise ConditionShapeError(f"{name}: A has {A.shape[0]} rows, but B {tuple(B.shape)} needs {width}")
-    selected = sum(stop - start for start, stop in pairs) if pairs else B.shape[0]
-    if B.shape[0] != selected:
-        raise ConditionShapeError(f"{name}: B has {B.shape[0]} rows, but out_slices select {selected}")
+    selected = sum(stop - start for start, stop in pairs) if pairs else rows
+    if rows != selected:
+        raise ConditionShapeError(f"{name}: B has {rows} rows, but out_slices select {selected}")
     least = max([stop for _, stop in pairs]) if pairs else selected  # max(default=) breaks the graph under compile
     total = W.shape[0] if W is not None else out_features if out_features is not None else least
     if W is not None and W.shape[1] != A.shape[1]:
         raise ConditionShapeError(f"{name}: W {tuple(W.shape)} does not match A {tuple(A.shape)}")
     if total < least or (not pairs and total != selected):
         raise ConditionShapeError(f"{name}: the output has {total} columns, but B and out_slices need {least}")
+    if not pairs:
+        return (), 1, total
     before = 0
     for start, stop in sorted(pairs):
         if not before <= start < stop:
             raise ConditionShapeError(f"{name}: out_slices must be non-empty and apart, got {pairs}")
         before = stop
-    return tuple(bound for pair in pairs for bound in pair), 1 if across or not pairs else len(pairs), total
+    return tuple(bound for pair in pairs for bound in pair), 1 if across else len(pairs), total
 
 
 def sample_layout(

@@ -10,7 +10,6 @@ Source: Qu et al., ECCV 2024 (arXiv 2403.09377); shared forms and gradients as i
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -249,9 +248,9 @@ def encode_condition(
     else:
         numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
         if _differentiated(y, C, b_C):
-            state = _Encode.apply(where, y, C, b_C, mask, *numbers)[0]  # type: ignore[no-untyped-call]
+            state = _record(_Encode, where, y, C, b_C, mask, *numbers)[0]
         else:
-            state = ops.BACKENDS[where].ops.encode(y, C, b_C, mask, *numbers, False)[0]
+            state = ops.run(ops.BACKENDS[where].ops.encode.default, y, C, b_C, mask, *numbers, False)[0]
     return ConditionState(routing, state, versions_of(C, b_C))
 
 
@@ -322,8 +321,10 @@ def apply(
     check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
                   condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
                   condition_cu_seqlens=condition_cu_seqlens)  # fmt: skip
-    x = x.to(compute_dtype(x)).contiguous()
-    W = None if W is None else W.to(x.dtype)
+    dtype = compute_dtype(x)
+    x = _contiguous(x, dtype)
+    if W is not None and W.dtype != dtype:
+        W = W.to(dtype)
     check_base(name, base, x, out_features, residual)
     if residual and out_features != x.shape[-1]:
         raise ConditionShapeError(
@@ -344,7 +345,7 @@ def apply(
         if condition_cu_seqlens is not None:
             raise ConditionShapeError(f"{name}: condition_cu_seqlens goes with a flat condition, not a ConditionState")
         check_devices(name, x, condition=condition)
-        condition = condition.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+        condition = _contiguous(condition, torch.float64 if dtype == torch.float64 else torch.float32)
     elif state_or_y is None:
         source, condition = "in_sequence", None
         if mask is None:
@@ -363,7 +364,7 @@ def apply(
         if C is None and b_C is not None:
             raise ConditionShapeError(f"{name}: b_C goes with a C; a shared projection shares b_down")
         check_devices(name, x, condition=condition)
-        condition = condition.to(x.dtype).contiguous()
+        condition = _contiguous(condition, dtype)
 
     if source != "tokens":
         C = b_C = None  # nothing is projected
@@ -374,25 +375,23 @@ def apply(
     if condition_cu_seqlens is not None and condition is not None:
         condition_cu_seqlens = check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
     samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
-    if cu_seqlens is not None:
-        by_sample: tuple[int, ...] = (x.shape[0],)
-    elif x.dim() > 2:
-        by_sample = (samples, math.prod(x.shape[1:-1]))
-    else:
-        by_sample = (samples, x.shape[0] // samples if samples else 0)
-    if source == "tokens" and condition is not None:
-        flat = condition_cu_seqlens is not None
-        if flat and mask is not None:
-            raise ConditionShapeError(
-                f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
-            )
-        shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
-        mask = check_mask(name, "condition mask", mask, shape, "condition")
-    elif source == "in_sequence":
-        mask = check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
-    elif mask is not None and source == "state":
-        raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
-    input_mask = check_mask(name, "input mask", input_mask, by_sample, "input") if routing == "cross_gram" else None
+    if mask is not None:
+        if source == "state":
+            raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
+        if source == "in_sequence":
+            by_sample = _positions(x, samples, cu_seqlens)
+            mask = check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
+        elif condition is not None:
+            if condition_cu_seqlens is not None:
+                raise ConditionShapeError(
+                    f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
+                )
+            shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
+            mask = check_mask(name, "condition mask", mask, shape, "condition")
+    if routing != "cross_gram":
+        input_mask = None
+    elif input_mask is not None:
+        input_mask = check_mask(name, "input mask", input_mask, _positions(x, samples, cu_seqlens), "input")
     pool = resolve_pool(routing, pool)
     check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
 
@@ -402,31 +401,44 @@ def apply(
         condition_p = dropout_p  # V is rows of T, so it shares X's mask
     if seed is None and (dropout_p or condition_p):
         seed = draw_seed(x.device)
-    options = Options(
-        samples, routing, source, pool, scale, groups, slices, out_features, float(scaling), float(dropout_p),
-        float(condition_p), activation, residual,
-    )  # fmt: skip
+    scaling, dropout_p, condition_p = float(scaling), float(dropout_p), float(condition_p)
     tensors = (
         x, A, B, condition, C, W, bias, b_down, b_C, mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed,
         None if base is None else base.contiguous(),
     )  # fmt: skip
     where = ops.resolve_backend(backend, routing, A.shape[0] // groups, max(len(slices) // 2, 1), x)
     if where == "reference":
+        options = Options(
+            samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_p,
+            activation, residual,
+        )  # fmt: skip
         return reference.run(tensors, options)
     numbers = (
         samples, ROUTES[routing].code, SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
-        out_features, options.scaling, options.dropout, options.condition_dropout, ACTIVATIONS[activation], residual,
+        out_features, scaling, dropout_p, condition_p, ACTIVATIONS[activation], residual,
     )  # fmt: skip
     # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
-    if not _differentiated(*tensors[:9], base) or torch.compiler.is_exporting():
-        return ops.BACKENDS[where].ops.forward(*tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
+    differentiated = _differentiated(*tensors[:9])
+    if torch.compiler.is_exporting() or not (differentiated or _differentiated(base)):
+        return ops.run(ops.BACKENDS[where].ops.forward.default, *tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
     save = 0
-    if _differentiated(*tensors[:9]):
+    if differentiated:
         encodes = source in ("tokens", "in_sequence")
         projection = (A, b_down) if C is None else (C, b_C)
         through = (x if source == "in_sequence" else condition, *projection)
         save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
-    return _Routed.apply(where, *tensors, *numbers, save)[0]  # type: ignore[no-untyped-call, no-any-return]
+    return _record(_Routed, where, *tensors, *numbers, save)[0]  # type: ignore[no-any-return]
+
+
+def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
+
+
+def _positions(x: Tensor, samples: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    """The shape of a mask of x: [B, N], or [ΣN_i] with offsets."""
+    if cu_seqlens is not None:
+        return (x.shape[0],)
+    return (samples, math.prod(x.shape[1:-1]) if x.dim() > 2 else x.shape[0] // samples if samples else 0)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -443,7 +455,7 @@ class _Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(where: str, *args: Any) -> Any:
-        return ops.BACKENDS[where].ops.forward(*args)
+        return ops.run(ops.BACKENDS[where].ops.forward.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -463,7 +475,7 @@ class _Routed(torch.autograd.Function):
         if any(needs):
             t, state, kept, *inputs = ctx.saved_tensors
             arguments = (_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
-            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward, *arguments), needs)
+            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward.default, *arguments), needs)
         return (None, *gradients, *(None,) * 6, dout if ctx.needs_input_grad[16] else None, *(None,) * 14)
 
 
@@ -472,7 +484,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(where: str, *args: Any) -> Any:
-        return ops.BACKENDS[where].ops.encode(*args, True)
+        return ops.run(ops.BACKENDS[where].ops.encode.default, *args, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -489,19 +501,20 @@ class _Encode(torch.autograd.Function):
         kept, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         arguments = (_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
-        gradients = _once(ops.BACKENDS[ctx.where].ops.encode_backward, *arguments)
+        gradients = _once(ops.BACKENDS[ctx.where].ops.encode_backward.default, *arguments)
         return (None, *_needed(gradients, needs), *(None,) * 5)
 
 
 class _Once(torch.autograd.Function):
     """A backward op where its own derivative is recorded (create_graph, torch.func.grad): asking for that one raises.
+    So does a tangent (forward-mode AD), which the op would drop.
 
     The op's own formula raises too, but torch.func takes no function without setup_context, even if it is never run.
     """
 
     @staticmethod
     def forward(op: Any, *args: Any) -> Any:
-        return op(*args)
+        return ops.run(op, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -513,11 +526,16 @@ class _Once(torch.autograd.Function):
 
 
 def _once(op: Any, *args: Any) -> Any:
-    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return _Once.apply(op, *args)  # type: ignore[no-untyped-call]
+    return ops.run(op, *args)
 
 
-for _node in (_Routed, _Encode):  # torch reads the signature on every call; working it out each time costs 8 µs
-    _node.forward.__signature__ = inspect.signature(_node.forward)  # type: ignore[attr-defined]
+def _record(node: type[torch.autograd.Function], *args: Any) -> Any:
+    """``node.apply(*args)``, without what ``apply`` does for the transforms of torch.func where none is active."""
+    if ops.untouched():
+        return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+    return node.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _bits(needs: Sequence[bool]) -> int:

@@ -51,6 +51,7 @@ _built: dict[str, Any] = {} if extension is None else extension.build_info()
 
 # What the CUDA kernels take (csrc/kernels/launch.h).
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CPU_DTYPES = (*KERNEL_DTYPES, torch.float64)
 KERNEL_WIDTH, KERNEL_SLICES = 256, 16
 KERNEL_CAPABILITY = (8, 0)
 
@@ -118,8 +119,7 @@ def _refusal(where: str, routing: str, width: int, slices: int, dtype: torch.dty
     if where not in BACKENDS:
         return f"this version has no kernels for {where}"
     if not BACKENDS[where].kernels:
-        known = dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        return "" if known else f"dtype {dtype} is not a floating-point type the ops know"
+        return "" if dtype in CPU_DTYPES else f"dtype {dtype} is not a floating-point type the ops know"
     if where == "cuda" and not _built["cuda"]:
         return "the C++ extension was built without CUDA"
     if dtype not in KERNEL_DTYPES:
@@ -153,9 +153,10 @@ def resolve_backend(backend: str, routing: str, width: int, slices: int, x: Tens
     if backend == "reference":
         return backend
     device = x.device
-    meta = device.type == "meta"  # shapes alone, which are the same everywhere
-    where = backend if backend != "auto" else "cpu" if meta else device.type
-    if backend != "auto" and not meta and device.type != BACKENDS[backend].device:
+    kind = device.type
+    meta = kind == "meta"  # shapes alone, which are the same everywhere
+    where = backend if backend != "auto" else "cpu" if meta else kind
+    if backend != "auto" and not meta and kind != BACKENDS[backend].device:
         raise UnsupportedError(f"backend={backend!r} was asked for, and the input is on {device}; use backend='auto'")
     reason = _refusal("cpu" if meta else where, routing, width, slices, x.dtype, device)
     if not reason:
@@ -318,6 +319,29 @@ def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
         "torch.ops.routed_peft.* has no derivative of its own (and its backward no second one): "
         "call routed_peft.functional, which differentiates once"
     )
+
+
+_BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+
+
+def untouched() -> bool:
+    """Whether nothing in torch looks on at this call: no tracer, no transform of torch.func, no dispatch mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def run(op: Any, *args: Any) -> Any:
+    """``op(*args)``; where gradients are off, so that none can be lost, without the kernel that installs the formula.
+
+    That is Python, and takes as long as a small call itself.
+    """
+    if _BelowAutograd is None or torch.is_grad_enabled() or not untouched():
+        return op(*args)
+    with _BelowAutograd():
+        return op(*args)
 
 
 def register(namespace: str) -> None:
