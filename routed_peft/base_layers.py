@@ -46,20 +46,21 @@ def may_read_weight(base: nn.Module, x: Tensor) -> bool:
     """
     if type(base) is not nn.Linear and not is_conv1d(base):
         return False
-    own = base.__dict__
+    own, parameters = base.__dict__, base._parameters
     if (
         hooked(base)
         or "forward" in own
         or nn.Linear.forward is not _LINEAR_FORWARD
-        or "weight" not in own["_parameters"]
+        or parameters.get("weight") is None
+        or "bias" not in parameters
         or own.get("parametrizations") is not None
     ):
         return False
-    weight, device = base.weight, x.device
-    for t in (weight, base.bias):
+    weight, device = parameters["weight"], x.device
+    for t in (weight, parameters["bias"]):
         if t is not None and not (dense(t) and t.device == device):
             return False
-    return bool(weight.dtype == functional.compute_dtype(x))
+    return bool(weight.dtype == functional.compute_dtype(x))  # type: ignore[union-attr]
 
 
 def hooked(base: nn.Module) -> bool:

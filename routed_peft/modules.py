@@ -241,20 +241,24 @@ class LowRankUpdate(RoutedLayer):
     def _hold(self, base_layer: nn.Module) -> None:
         """An update alone keeps no base layer."""
 
+    def _parameter(self, i: int) -> nn.Parameter | None:
+        name, own = self.parameter_names[i], self._parameters  # nn.Module's own way to an attribute is slow
+        return own[name] if name in own else getattr(self, name)
+
     @property
     def A(self) -> nn.Parameter:
         """[R, in]."""
-        return getattr(self, self.parameter_names[0])  # type: ignore[no-any-return]
+        return self._parameter(0)  # type: ignore[return-value]
 
     @property
     def B(self) -> nn.Parameter:
         """[adapted outputs, r]."""
-        return getattr(self, self.parameter_names[1])  # type: ignore[no-any-return]
+        return self._parameter(1)  # type: ignore[return-value]
 
     @property
     def C(self) -> nn.Parameter | None:
         """[R, d_c], or None where A projects the condition too."""
-        return getattr(self, self.parameter_names[2])  # type: ignore[no-any-return]
+        return self._parameter(2)
 
     def reset_parameters(self, init: str = "kaiming") -> None:
         """A and C Kaiming-uniform with a = √5 ("kaiming") or N(0, 1/r) ("gaussian"); B zero."""
@@ -298,8 +302,8 @@ class LowRankUpdate(RoutedLayer):
         )  # fmt: skip
         a, b, c = self.A, self.B, self.C
         if not isinstance(base, Tensor) and may_read_weight(base, x):
-            w: Any = base.weight if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
-            out = functional.apply(self.label, x, a, y, b, c, W=w, bias=base.bias, **options)  # type: ignore[arg-type]
+            w: Any = base._parameters["weight"] if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
+            out = functional.apply(self.label, x, a, y, b, c, W=w, bias=base._parameters["bias"], **options)
             return out if given is not None else self._touch(out, c)
         plain = base if isinstance(base, Tensor) else base(x)
         self._tell_of_lost_gradient(x, plain)
