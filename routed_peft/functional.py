@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import ops, reference
@@ -532,8 +533,10 @@ def _once(op: Any, *args: Any) -> Any:
 
 
 def _record(node: type[torch.autograd.Function], *args: Any) -> Any:
-    """``node.apply(*args)``, without what ``apply`` does for the transforms of torch.func where none is active."""
+    """``node.apply(*args)`` without looking for default arguments; what transforms need, only where one is active."""
     if ops.untouched():
+        # A tensor that outlived its transform stands for the one inside, whose gradient would be lost.
+        args = unwrap_dead_wrappers(args)
         return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
     return node.apply(*args)  # type: ignore[no-untyped-call]
 

@@ -211,3 +211,21 @@ def test_gradients_flow_through_the_state(make, routing):
         return layer(x, state) + layer(x, state.index_select(torch.arange(B)))
 
     assert_same(results(twice, layer, x, y), results(lambda: layer(x, y) * 2, layer, x, y))
+
+
+def test_a_tensor_that_outlived_its_transform_keeps_its_gradient():
+    A, B = torch.randn(4, 8, requires_grad=True), torch.randn(8, 4)
+    x, y, kept = torch.randn(1, 5, 8), torch.randn(1, 3, 8), []
+
+    def update(a):
+        return functional.routed_lora(x, a, y, B, routing="mul", scaling=0.5).sum()
+
+    def remembers(a):
+        kept.append(a)
+        return update(a)
+
+    torch.func.grad(remembers)(A)
+    update(A).backward()
+    wanted, A.grad = A.grad, None
+    update(kept[0]).backward()
+    torch.testing.assert_close(A.grad, wanted)
