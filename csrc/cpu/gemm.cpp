@@ -301,7 +301,9 @@ void blocked(const Host* host, const Matrix& out, const Operand& a, const Operan
   const int64_t k = a.matrix.cols;
   const Blocking grid = blocking(out.rows, out.cols, k);
   Array<typename Format::Unit> laid;
-  if (host != nullptr && grid.row_blocks > 1) laid = lay_all<Acc, Format>(*host, b, grid);
+  // A weight, or what is rank-wide: never a second x.
+  const bool narrow = lines_are_columns(b) || std::min(out.cols, k) <= kWide;
+  if (host != nullptr && grid.row_blocks > 1 && narrow) laid = lay_all<Acc, Format>(*host, b, grid);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, a, b, e, grid, block, laid.get());
   };
