@@ -251,7 +251,7 @@ def encode_condition(
         if _differentiated(y, C, b_C):
             state = _record(_Encode, where, y, C, b_C, mask, *numbers)[0]
         else:
-            state = ops.run(ops.BACKENDS[where].ops.encode.default, y, C, b_C, mask, *numbers, False)[0]
+            state = ops.run(ops.BACKENDS[where].ops.encode, y, C, b_C, mask, *numbers, False)[0]
     return ConditionState(routing, state, versions_of(C, b_C))
 
 
@@ -421,7 +421,7 @@ def apply(
     # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
     differentiated = _differentiated(*tensors[:9])
     if torch.compiler.is_exporting() or not (differentiated or _differentiated(base)):
-        return ops.run(ops.BACKENDS[where].ops.forward.default, *tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
+        return ops.run(ops.BACKENDS[where].ops.forward, *tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
     save = 0
     if differentiated:
         encodes = source in ("tokens", "in_sequence")
@@ -456,7 +456,7 @@ class _Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(where: str, *args: Any) -> Any:
-        return ops.run(ops.BACKENDS[where].ops.forward.default, *args)
+        return ops.run(ops.BACKENDS[where].ops.forward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -476,7 +476,7 @@ class _Routed(torch.autograd.Function):
         if any(needs):
             t, state, kept, *inputs = ctx.saved_tensors
             arguments = (_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
-            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward.default, *arguments), needs)
+            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward, *arguments), needs)
         return (None, *gradients, *(None,) * 6, dout if ctx.needs_input_grad[16] else None, *(None,) * 14)
 
 
@@ -485,7 +485,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(where: str, *args: Any) -> Any:
-        return ops.run(ops.BACKENDS[where].ops.encode.default, *args, True)
+        return ops.run(ops.BACKENDS[where].ops.encode, *args, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -502,7 +502,7 @@ class _Encode(torch.autograd.Function):
         kept, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         arguments = (_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
-        gradients = _once(ops.BACKENDS[ctx.where].ops.encode_backward.default, *arguments)
+        gradients = _once(ops.BACKENDS[ctx.where].ops.encode_backward, *arguments)
         return (None, *_needed(gradients, needs), *(None,) * 5)
 
 
