@@ -16,11 +16,10 @@ namespace {
 
 constexpr int64_t kBlockRows = 96, kBlockColumns = 128, kWide = 256;
 constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
-// Up to so many rows, a b of kLargeFactor numbers is read as it lies: to lay it out takes longer than the product.
-constexpr int64_t kFewRows = 16, kLargeFactor = 32768;
 // Up to this k all of a block's rows of a are kept, for columns that are worked on kShortColumns at a time: their
 // panels stay near, and long runs of a row are written.
 constexpr int64_t kShort = 256, kShortColumns = 512;
+constexpr int64_t kManyRows = 480;     // of a block that lays out its part of a large b itself
 constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into where its rows alone are too few
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -125,20 +124,31 @@ void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t
   const int64_t lanes = isa<Acc>().lanes, padded = up(n, lanes), units = up(depth, Format::kEach) / Format::kEach;
   const bool columns = lines_are_columns(b);
   thread_local Scratch<Unit> scratch;
-  const bool direct = !columns && Format::kEach == 1 && plain(b);
-  Unit* lines = direct ? nullptr : scratch.get(units * padded);
-  if (columns) {
-    read_along<Acc, Format>(b, true, k0, j0, depth, n, padded, lines);
+  const bool plainly = Format::kEach == 1 && plain(b), direct = !columns && plainly;
+  // Lines along k that need no conversion are turned as they lie.
+  const Matrix turned = b.matrix.transposed();
+  const bool as_it_is =
+      columns && plainly && n == padded && b.matrix.dtype == accumulated_dtype<Acc>() && turned.col_stride == 1;
+  const Unit* lines = nullptr;
+  int64_t ld = units;
+  if (as_it_is) {
+    lines = reinterpret_cast<const Unit*>(turned.at(j0, k0));
+    ld = turned.row_stride;
   } else if (!direct) {
-    read_across<Acc, Format>(b, false, k0, j0, depth, n, padded, lines);
+    Unit* copy = scratch.get(units * padded);
+    if (columns) {
+      read_along<Acc, Format>(b, true, k0, j0, depth, n, padded, copy);
+    } else {
+      read_across<Acc, Format>(b, false, k0, j0, depth, n, padded, copy);
+    }
+    lines = copy;
   }
   for (int64_t j = 0; j < padded; j += 2 * lanes) {
     const int64_t width = std::min(2 * lanes, padded - j);
     Unit* panel = panels + j * units;
     if (columns) {
-      for (int64_t i = 0; i < width; ++i) {
-        const Unit* line = lines + (j + i) * units;
-        for (int64_t k = 0; k < units; ++k) panel[k * width + i] = line[k];
+      for (int64_t i = 0; i < width; i += lanes) {
+        isa<Acc>().turn(lines + (j + i) * ld, ld, units, panel + i, width);
       }
     } else if (direct) {
       read_across<Acc, Format>(b, false, k0, j0 + j, depth, std::min(width, n - j), width, panel);
@@ -182,24 +192,34 @@ void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t col
 
 struct Blocking {
   int64_t rows, columns, row_blocks, column_blocks;
-  int64_t
-      near;  // columns of a block that are worked on at a time, and of b that are laid out together; divides columns
+  int64_t near;  // columns of a block that are worked on at a time, and of b that are laid out together
   int64_t pieces() const { return row_blocks * column_blocks; }
 };
 
 Blocking blocking(int64_t m, int64_t n, int64_t k) {
   Blocking grid{};
-  const bool is_short = k <= kShort;
-  grid.rows = m <= (is_short ? kBlockRows : kWide) ? m : kBlockRows;
-  grid.row_blocks = (m + grid.rows - 1) / grid.rows;
-  if (is_short) {
-    const int64_t groups = std::max<int64_t>(kWantedPieces / grid.row_blocks, 1);
+  const auto spread = [](int64_t size, int64_t most) {  // blocks of much the same size
+    const int64_t count = (size + most - 1) / most;
+    return up((size + count - 1) / count, 4);
+  };
+  if (k <= kShort) {
+    grid.rows = m <= kBlockRows ? m : kBlockRows;
+    const int64_t groups = std::max<int64_t>(kWantedPieces * grid.rows / m, 1);
     grid.columns = up((n + groups - 1) / groups, kBlockColumns);
     if (grid.columns > kShortColumns) grid.columns = up(grid.columns, kShortColumns);
     grid.near = std::min(grid.columns, kShortColumns);
-  } else {
-    grid.columns = grid.near = n <= kWide ? n : kBlockColumns;
+  } else if (n <= kWide) {
+    grid.rows = m <= kWide ? m : kBlockRows;
+    grid.columns = grid.near = n;
+  } else {  // large both ways: what is laid out of b serves many rows
+    grid.columns = grid.near = m < kBlockRows || m * n < kWantedPieces * kManyRows * kWide ? kBlockColumns : kWide;
+    grid.rows = spread(m, kManyRows);
+    const int64_t column_blocks = (n + grid.columns - 1) / grid.columns;
+    while (grid.rows > kBlockRows && (m + grid.rows - 1) / grid.rows * column_blocks < 2 * kWantedPieces) {
+      grid.rows = std::max(spread(grid.rows, grid.rows / 2), kBlockRows);
+    }
   }
+  grid.row_blocks = (m + grid.rows - 1) / grid.rows;
   grid.column_blocks = (n + grid.columns - 1) / grid.columns;
   return grid;
 }
@@ -227,56 +247,75 @@ void expect(const Matrix& out, int64_t i, int64_t j, int64_t rows, int64_t cols)
   }
 }
 
+// The sums as they stand: alpha and the mask are of the first product alone where a second one follows.
+template <class Acc>
+void scale_sums(int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld, const Epilogue& e) {
+  const Dropout* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    isa<Acc>().finish(sums + i * ld, cols, static_cast<Acc>(e.alpha), mask, i0 + i, j0, nullptr, nullptr, false,
+                      accumulated_dtype<Acc>(), sums + i * ld);
+  }
+}
+
 // Block number `block` of out. `laid`: all of b in panels, or nullptr.
 template <class Acc, class Format>
-void run_block(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e, const Blocking& grid,
-               int64_t block, const typename Format::Unit* laid) {
+void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, const Blocking& grid, int64_t block,
+               const typename Format::Unit* laid) {
   using Unit = typename Format::Unit;
   const Isa<Acc>& set = isa<Acc>();
-  const int64_t k = a.matrix.cols, steps = (k + kDepth - 1) / kDepth;
   const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
   const int64_t rows = std::min(grid.rows, out.rows - i0), right = std::min(left + grid.columns, out.cols);
-  const int64_t padded_rows = up(rows, set.row_step), width = grid.near;
-  const bool columns = lines_are_columns(a), keep = k <= kShort;
+  const int64_t near_rows = rows <= kWide ? rows : kBlockRows;  // a tile's; there are several where b is laid out here
+  const int64_t tile_size = up(near_rows, set.row_step) * kDepth / Format::kEach;
+  const bool keep = !e.plus && factors.a.matrix.cols <= kShort;  // a's tile serves all columns; there is one step
   thread_local Scratch<Acc> sum_scratch;
   thread_local Scratch<Unit> tile_scratch, panel_scratch;
-  const int64_t tile_size = padded_rows * kDepth / Format::kEach;
-  Unit* tiles = tile_scratch.get(tile_size * (keep ? std::max<int64_t>(steps, 1) : 1));
-  for (int64_t j0 = left; j0 < right; j0 += width) {
-    const int64_t cols = std::min(width, right - j0), padded_cols = up(cols, set.lanes);
-    Acc* sums = sum_scratch.get(padded_rows * padded_cols);
-    std::fill_n(sums, padded_rows * padded_cols, Acc{0});
-    for (int64_t s = 0; s < steps; ++s) {
-      const int64_t k0 = s * kDepth, depth = std::min(kDepth, k - k0);
-      const int64_t units = up(depth, Format::kEach) / Format::kEach;
-      Unit* tile = tiles + (keep ? s * tile_size : 0);
-      if (!keep || j0 == left) {
-        if (columns) {
-          read_across<Acc, Format>(a, true, k0, i0, depth, rows, padded_rows, tile);
-        } else {
-          read_along<Acc, Format>(a, false, k0, i0, depth, rows, padded_rows, tile);
+  Unit* tile = tile_scratch.get(tile_size);
+  Epilogue last = e;
+  if (e.plus) last.alpha = 1, last.mask = {};
+  for (int64_t j0 = left; j0 < right; j0 += grid.near) {
+    const int64_t cols = std::min(grid.near, right - j0), ld = up(cols, set.lanes);
+    Acc* sums = sum_scratch.get(up(rows, set.row_step) * ld);
+    std::fill_n(sums, up(rows, set.row_step) * ld, Acc{0});
+    for (const Factors* f = &factors; f != nullptr; f = f == e.plus ? nullptr : e.plus) {
+      if (f == e.plus) scale_sums(i0, j0, rows, cols, sums, ld, e);
+      const bool columns = lines_are_columns(f->a), final = f == e.plus || !e.plus;
+      const int64_t k = f->a.matrix.cols;
+      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+        const int64_t depth = std::min(kDepth, k - k0), units = up(depth, Format::kEach) / Format::kEach;
+        const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
+        if (panels == nullptr) {
+          Unit* fresh = panel_scratch.get(ld * kDepth / Format::kEach);
+          lay_panels<Acc, Format>(f->b, k0, j0, depth, cols, fresh);
+          panels = fresh;
+        }
+        for (int64_t part = 0; part < rows; part += near_rows) {
+          const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, set.row_step);
+          if (!keep || j0 == left) {
+            if (columns) {
+              read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, tile);
+            } else {
+              read_along<Acc, Format>(f->a, false, k0, i0 + part, depth, part_rows, padded, tile);
+            }
+          }
+          const int64_t a_row = columns ? 1 : units, a_col = columns ? padded : 1;
+          for (int64_t i = 0, taken; i < padded; i += taken) {
+            taken = strip_rows(padded - i, set.row_step);
+            const int64_t real = std::min(taken, part_rows - i);
+            Acc* strip = sums + (part + i) * ld;
+            const bool done = final && k0 + depth == k;
+            if (done) expect(out, i0 + part + i, j0, real, cols);
+            for (int64_t j = 0; j < ld; j += 2 * set.lanes) {
+              const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
+              Format::micro(taken / set.row_step - 1, vectors - 1)(units, tile + i * a_row, a_row, a_col,
+                                                                   panels + j * units, strip + j, ld);
+            }
+            if (done) finish(out, i0 + part + i, j0, real, cols, strip, ld, last);
+          }
         }
       }
-      const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
-      if (panels == nullptr) {
-        Unit* fresh = panel_scratch.get(padded_cols * kDepth / Format::kEach);
-        lay_panels<Acc, Format>(b, k0, j0, depth, cols, fresh);
-        panels = fresh;
-      }
-      const int64_t a_row = columns ? 1 : units, a_col = columns ? padded_rows : 1;
-      for (int64_t i = 0, taken; i < padded_rows; i += taken) {
-        taken = strip_rows(padded_rows - i, set.row_step);
-        const int64_t real = std::min(taken, rows - i);
-        if (s == steps - 1) expect(out, i0 + i, j0, real, cols);
-        for (int64_t j = 0; j < padded_cols; j += 2 * set.lanes) {
-          const int64_t vectors = std::min<int64_t>((padded_cols - j) / set.lanes, 2);
-          Format::micro(taken / set.row_step - 1, vectors - 1)(
-              units, tile + i * a_row, a_row, a_col, panels + j * units, sums + i * padded_cols + j, padded_cols);
-        }
-        if (s == steps - 1) finish(out, i0 + i, j0, real, cols, sums + i * padded_cols, padded_cols, e);
-      }
+      if (final && k == 0) finish(out, i0, j0, rows, cols, sums, ld, last);
     }
-    if (steps == 0) finish(out, i0, j0, rows, cols, sums, padded_cols, e);
   }
 }
 
@@ -297,35 +336,31 @@ Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const B
 }
 
 template <class Acc, class Format>
-void blocked(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
-  const int64_t k = a.matrix.cols;
+void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
+  const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
   const Blocking grid = blocking(out.rows, out.cols, k);
   Array<typename Format::Unit> laid;
-  // A weight, or what is rank-wide: never a second x.
-  const bool narrow = lines_are_columns(b) || std::min(out.cols, k) <= kWide;
-  if (host != nullptr && grid.row_blocks > 1 && narrow) laid = lay_all<Acc, Format>(*host, b, grid);
+  const bool narrow = !e.plus && std::min(out.cols, k) <= kWide;  // rank-wide: never a second x or weight
+  if (host != nullptr && grid.row_blocks > 1 && narrow) laid = lay_all<Acc, Format>(*host, factors.b, grid);
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, a, b, e, grid, block, laid.get());
+    for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, factors, e, grid, block, laid.get());
   };
   if (host == nullptr) return run(0, grid.pieces());
   parallel(*host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);
 }
 
-// A few rows times a b whose lines run along k: each number of out is a product of two lines.
+// Whether the columns of b lie in memory as lines of Acc, or of bfloat16.
 template <class Acc>
-bool few_rows(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
-  const Matrix lines = b.matrix.transposed();
-  const bool half = std::is_same_v<Acc, float> && lines.dtype == Dtype::kBFloat16;
-  if (out.rows > kFewRows || out.cols * b.matrix.rows < kLargeFactor || !plain(b) || lines.col_stride != 1 ||
-      (lines.dtype != accumulated_dtype<Acc>() && !half)) {
-    return false;
-  }
-  constexpr int64_t kColumns = 32;
-  const int64_t m = out.rows, n = out.cols, k = a.matrix.cols, padded = m <= 2 ? m : up(m, 4);
-  thread_local Scratch<Acc> a_scratch;
-  Acc* rows = a_scratch.get(padded * k);
-  const bool columns = lines_are_columns(a);
-  if (columns) {
+bool readable_lines(const Operand& b) {
+  const bool half = std::is_same_v<Acc, float> && b.matrix.dtype == Dtype::kBFloat16;
+  return plain(b) && b.matrix.row_stride == 1 && (b.matrix.dtype == accumulated_dtype<Acc>() || half);
+}
+
+// All of a, a few rows, as Acc [rows, k]; rows up to `padded` are zero.
+template <class Acc>
+void read_few(const Operand& a, int64_t padded, Acc* rows) {
+  const int64_t m = a.matrix.rows, k = a.matrix.cols;
+  if (lines_are_columns(a)) {
     thread_local Scratch<Acc> turned_scratch;
     Acc* turned = turned_scratch.get(m * k);
     read_lines<Acc>(a, true, 0, k, 0, m, turned, m);
@@ -336,43 +371,74 @@ bool few_rows(const Host* host, const Matrix& out, const Operand& a, const Opera
     read_lines<Acc>(a, false, 0, m, 0, k, rows, k);
   }
   std::fill_n(rows + m * k, (padded - m) * k, Acc{0});
+}
+
+// A few rows times a b whose lines run along k: each number of out is a product of two lines.
+template <class Acc>
+bool few_rows(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
+  const Factors& largest = e.plus ? *e.plus : factors;
+  const bool planned = plan::by_lines(out.rows, out.cols * largest.b.matrix.rows);
+  if (out.rows > plan::kFewRows || !plan::chosen(plan::forced.by_lines, planned) || !readable_lines<Acc>(factors.b) ||
+      !readable_lines<Acc>(largest.b)) {
+    return false;
+  }
+  constexpr int64_t kColumns = 32;
+  const int64_t m = out.rows, n = out.cols, padded = m <= 2 ? m : up(m, 4), each = std::min<int64_t>(padded, 4);
+  thread_local Scratch<Acc> first_scratch, second_scratch;
+  Acc* rows[2] = {first_scratch.get(padded * factors.a.matrix.cols), nullptr};
+  read_few(factors.a, padded, rows[0]);
+  if (e.plus) {
+    rows[1] = second_scratch.get(padded * e.plus->a.matrix.cols);
+    read_few(e.plus->a, padded, rows[1]);
+  }
+  Epilogue last = e;
+  if (e.plus) last.alpha = 1, last.mask = {};
   const auto run = [&](int64_t begin, int64_t end) {
-    Acc sums[kFewRows * kColumns];
-    for (int64_t j0 = begin * kColumns; j0 < std::min(end * kColumns, n); j0 += kColumns) {
-      const int64_t cols = std::min(kColumns, n - j0);
+    Acc sums[plan::kFewRows * kColumns], more[plan::kFewRows * kColumns];
+    const auto multiply = [&](const Factors& f, const Acc* a, int64_t j0, int64_t cols, Acc* to) {
+      const Matrix lines = f.b.matrix.transposed();
+      const int64_t k = lines.cols;
       for (int64_t j = 0; j < cols; j += 4) {
         const void* four[4];
         for (int64_t i = 0; i < 4; ++i) four[i] = lines.at(std::min(j0 + j + i, n - 1), 0);
-        const int64_t each = std::min<int64_t>(padded, 4);
         for (int64_t i = 0; i < padded; i += each) {
-          isa<Acc>().dots(each, rows + i * k, k, four, lines.dtype, k, sums + i * kColumns + j, kColumns);
+          isa<Acc>().dots(each, a + i * k, k, four, lines.dtype, k, to + i * kColumns + j, kColumns);
         }
       }
-      finish(out, 0, j0, m, cols, sums, kColumns, e);
+    };
+    for (int64_t j0 = begin * kColumns; j0 < std::min(end * kColumns, n); j0 += kColumns) {
+      const int64_t cols = std::min(kColumns, n - j0);
+      multiply(factors, rows[0], j0, cols, sums);
+      if (e.plus) {
+        scale_sums(0, j0, m, cols, sums, kColumns, e);
+        multiply(*e.plus, rows[1], j0, cols, more);
+        for (int64_t i = 0; i < m; ++i) isa<Acc>().axpy(cols, 1, more + i * kColumns, sums + i * kColumns);
+      }
+      finish(out, 0, j0, m, cols, sums, kColumns, last);
     }
   };
   const int64_t pieces = (n + kColumns - 1) / kColumns;
   if (host == nullptr) {
     run(0, pieces);
   } else {
-    parallel(*host, pieces, double(m) * double(n) * double(k), run);
+    parallel(*host, pieces, double(m) * double(n) * double(largest.a.matrix.cols), run);
   }
   return true;
 }
 
 template <class Acc>
-void product(const Host* host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
-  if (few_rows<Acc>(host, out, a, b, e)) return;
+void product(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
+  if (few_rows<Acc>(host, out, factors, e)) return;
   if constexpr (std::is_same_v<Acc, float>) {
     if (e.in_bfloat16 && isa<float>().pairs[0][0] != nullptr) {
       Epilogue scaled = e;  // dropout's factors here, where they are not rounded
-      for (const Operand* o : {&a, &b}) {
+      for (const Operand* o : {&factors.a, &factors.b}) {
         if (o->dropout.threshold != 0) scaled.alpha *= o->dropout.scale();
       }
-      return blocked<Acc, Pairs>(host, out, a, b, scaled);
+      return blocked<Acc, Pairs>(host, out, factors, scaled);
     }
   }
-  blocked<Acc, Plain<Acc>>(host, out, a, b, e);
+  blocked<Acc, Plain<Acc>>(host, out, factors, e);
 }
 
 }  // namespace
@@ -397,7 +463,7 @@ void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, in
 
 template <class Acc>
 void gemm_serial(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
-  if (out.rows > 0 && out.cols > 0) product<Acc>(nullptr, out, a, b, epilogue);
+  if (out.rows > 0 && out.cols > 0) product<Acc>(nullptr, out, {a, b}, epilogue);
 }
 
 // The factor in `dtype`, copied into `storage` unless it already is.
@@ -431,8 +497,10 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
   const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
   // Ours has sums in float32 where the library would round them.
   if (half && out.dtype != Dtype::kBFloat16 && isa<float>().pairs[0][0] != nullptr) return false;
-  if (!unmasked || (bias && e.accumulate) || (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
-      !plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols)) {
+  if (e.plus || !unmasked || (bias && e.accumulate) ||
+      (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
+      !plan::chosen(plan::forced.library_gemm,
+                    plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols))) {
     return false;
   }
   Array<char> a_storage, b_storage;
@@ -461,7 +529,7 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
 template <class Acc>
 void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
   if (out.rows == 0 || out.cols == 0 || library_product<Acc>(host, out, a, b, epilogue)) return;
-  product<Acc>(&host, out, a, b, epilogue);
+  product<Acc>(&host, out, {a, b}, epilogue);
 }
 
 template <class Acc>

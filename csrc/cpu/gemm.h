@@ -24,13 +24,18 @@ struct Operand {
   }
 };
 
+struct Factors {
+  Operand a, b;
+};
+
 // What happens to a finished sum before it is stored.
 struct Epilogue {
   double alpha = 1;
-  bool accumulate = false;   // + out
-  Matrix bias;               // + bias [1, n]
-  Matrix residual;           // + residual [m, n]
-  Dropout mask{};            // ∘ dropout mask of out as a tensor, before everything but alpha
+  bool accumulate = false;        // + out
+  Matrix bias;                    // + bias [1, n]
+  Matrix residual;                // + residual [m, n]
+  Dropout mask{};                 // ∘ dropout mask of out as a tensor, before everything but alpha
+  const Factors* plus = nullptr;  // + plus->a plus->b, plain, of any depth: what saves a second pass over out
   bool in_bfloat16 = false;  // both factors may be rounded to bfloat16, as eager would; the sum still is in float32
 };
 

@@ -30,6 +30,9 @@ struct Isa {
                      int64_t to_stride);
   void (*round_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
                       int64_t to_stride);
+  // to [n, lanes] (leading dimension to_ld) = from [lanes, n] (leading dimension ld) turned over; numbers as large as
+  // Acc.
+  void (*turn)(const void* from, int64_t ld, int64_t n, void* to, int64_t to_ld);
   // run = columns [column, column + n) of a row, dropped and scaled in place.
   void (*drop)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
   void (*mask)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);  // dropped, and not scaled

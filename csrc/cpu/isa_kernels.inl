@@ -137,6 +137,39 @@ struct Loops {
     }
   }
 
+  // The first or the second halves of two vectors, taking turns.
+  template <int kFirst, int... kLane>
+  static Vector zip(Vector a, Vector b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * int(kLanes))...);
+#else
+    return __builtin_shuffle(a, b, Bits{(kFirst + kLane / 2 + kLane % 2 * int(kLanes))...});
+#endif
+  }
+
+  static void turn(const void* from, int64_t ld, int64_t n, void* to, int64_t to_ld) {
+    const Acc* lines = static_cast<const Acc*>(from);
+    Acc* target = static_cast<Acc*>(to);
+    constexpr std::make_integer_sequence<int, int(kLanes)> kSequence{};
+    int64_t k = 0;
+    for (; k + kLanes <= n; k += kLanes) {
+      Vector row[kLanes], next[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) row[i] = at(lines + i * ld + k);
+      // A line's number moves into a column's bit by bit: log2 of kLanes rounds.
+      for (int64_t round = 1; round < kLanes; round *= 2) {
+        for (int64_t i = 0; i < kLanes / 2; ++i) {
+          next[2 * i] = zip<0>(row[i], row[i + kLanes / 2], kSequence);
+          next[2 * i + 1] = zip<int(kLanes) / 2>(row[i], row[i + kLanes / 2], kSequence);
+        }
+        for (int64_t i = 0; i < kLanes; ++i) row[i] = next[i];
+      }
+      for (int64_t i = 0; i < kLanes; ++i) *reinterpret_cast<Loose*>(target + (k + i) * to_ld) = row[i];
+    }
+    for (; k < n; ++k) {
+      for (int64_t i = 0; i < kLanes; ++i) target[k * to_ld + i] = lines[i * ld + k];
+    }
+  }
+
   // Where bit i is not set, run[i] is zero, and else scaled.
   static void select(Acc* run, int64_t n, uint64_t bits, Acc scale) {
     Bits lanes;
@@ -289,6 +322,7 @@ struct Loops {
             store,
             load_lines,
             round_lines,
+            turn,
             drop,
             mask,
             finish,

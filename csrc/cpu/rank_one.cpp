@@ -116,7 +116,7 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
   const Isa<Acc>& set = isa<Acc>();
   const Acc* c = static_cast<const Acc*>(io.t.data);
   const int64_t block = std::min(conditions, plan::kConditionBlock);
-  const int64_t splits = plan::reduction_splits(conditions, static_cast<int64_t>(cuts.list.size()));
+  const int64_t splits = plan::splits(conditions, static_cast<int64_t>(cuts.list.size()));
   Directions<Acc> directions(p, block);
   Array<Acc> dq(want_dq ? block * splits * q_size : 0), dp(want_dp ? block * splits * up_size : 0);
   Array<Acc> da(io.da ? p.width * d : 0), db(io.db ? up_size * rank : 0);

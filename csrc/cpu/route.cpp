@@ -467,7 +467,7 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
   const bool tokens = state.kind == StateKind::kTokens, reduces = dstate != nullptr && !tokens;
   const int64_t size = p.state_size();
   // Without a reduction the segments are independent, but for a token of V that several samples share.
-  const int64_t splits = reduces ? plan::reduction_splits(conditions, static_cast<int64_t>(cuts.list.size())) : 1;
+  const int64_t splits = reduces ? plan::splits(conditions, static_cast<int64_t>(cuts.list.size())) : 1;
   Array<Acc> partial(reduces && splits > 1 ? conditions * splits * size : 0);
   if (dstate && tokens) std::fill_n(dstate, p.conditions.rows * p.width, Acc{0});
   const auto run = [&](int64_t first, int64_t last, Acc* target) {

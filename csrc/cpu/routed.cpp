@@ -6,9 +6,13 @@
 #include "cpu/routed.h"
 
 #include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #include "cpu/condition.h"
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 #include "cpu/rank_one.h"
 #include "cpu/route.h"
 
@@ -27,11 +31,14 @@ Epilogue product(const Problem& p) {
   return e;
 }
 
-bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
+bool library_base(const Problem& p) {
+  return plan::chosen(plan::forced.library_base, plan::library_base(p.dtype, isa<float>().processor));
+}
 
-void base_gemm(const Host& host, const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matrix& a, const Matrix& b,
+               bool accumulate) {
   if (out.rows == 0 || out.cols == 0) return;
-  if (host.library_gemm(out, a, b, 1, accumulate)) return;
+  if (library_base(p) && host.library_gemm(out, a, b, 1, accumulate)) return;
   Epilogue e;
   e.accumulate = accumulate;
   if (out.dtype == Dtype::kFloat64) {
@@ -39,6 +46,22 @@ void base_gemm(const Host& host, const Matrix& out, const Matrix& a, const Matri
   } else {
     gemm<float>(host, out, a, b, e);
   }
+}
+
+// Columns of out that no slice updates, as [start, stop).
+std::vector<std::pair<int64_t, int64_t>> untouched_columns(const Problem& p) {
+  std::vector<std::pair<int64_t, int64_t>> taken, left;
+  for (int64_t i = 0; i < p.slice_count; ++i) {
+    taken.emplace_back(p.slices[i].start, p.slices[i].start + p.slices[i].length);
+  }
+  std::sort(taken.begin(), taken.end());
+  int64_t from = 0;
+  for (const auto& [start, stop] : taken) {
+    if (start > from) left.emplace_back(from, start);
+    from = stop;
+  }
+  if (from < p.out_features) left.emplace_back(from, p.out_features);
+  return left;
 }
 
 // The condition of a call, with the storage behind it.
@@ -114,7 +137,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
   };
   const Segments cuts = cut(p);
 
-  if (is_rank_one(p)) {
+  if (plan::rank_one(p)) {
     encode_now({});
     Array<Acc> c(result.t ? 0 : rows * p.groups);
     rank_one_forward(host, p, condition.state.data, cuts, result.out,
@@ -132,19 +155,34 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
 
     const Matrix z_matrix = acc(z, rows, p.width), residual = p.residual ? p.x : p.base;
     const bool whole = p.slice_count == 1 && p.slices[0].length == p.out_features;
-    if (!whole) fill_rows<Acc>(host, result.out, p.bias, residual);
+    const bool together = p.weight && !library_base(p);
+    if (!whole && !together) fill_rows<Acc>(host, result.out, p.bias, residual);
     for (int64_t i = 0; i < p.slice_count; ++i) {
       const Slice& slice = p.slices[i];
+      const auto columns = [&](const Matrix& m) { return m ? m.block(0, slice.start, m.rows, slice.length) : m; };
       Epilogue up = product(p);
       up.alpha = p.scaling;
-      up.accumulate = !whole;
-      if (whole) up.bias = p.bias, up.residual = residual;
-      gemm<Acc>(host, result.out.block(0, slice.start, rows, slice.length),
-                z_matrix.block(0, i * p.rank(), rows, p.rank()),
+      up.accumulate = !whole && !together;
+      if (!up.accumulate) up.bias = columns(p.bias), up.residual = columns(residual);
+      std::optional<Factors> base;
+      if (together) base = {p.x, p.weight.block(slice.start, 0, slice.length, p.x.cols).transposed()};
+      up.plus = base ? &*base : nullptr;
+      gemm<Acc>(host, columns(result.out), z_matrix.block(0, i * p.rank(), rows, p.rank()),
                 p.b.block(slice.row, 0, slice.length, p.rank()).transposed(), up);
     }
+    if (together) {
+      for (const auto& [start, stop] : untouched_columns(p)) {
+        const int64_t length = stop - start;
+        Epilogue e;
+        if (p.bias) e.bias = p.bias.block(0, start, 1, length);
+        if (residual) e.residual = residual.block(0, start, rows, length);
+        gemm<Acc>(host, result.out.block(0, start, rows, length), p.x,
+                  p.weight.block(start, 0, length, p.x.cols).transposed(), e);
+      }
+      return;
+    }
   }
-  if (p.weight) base_gemm(host, result.out, p.x, p.weight.transposed(), true);
+  if (p.weight) base_gemm(host, p, result.out, p.x, p.weight.transposed(), true);
 }
 
 template <class Acc>
@@ -180,7 +218,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   Array<Acc> dstate(want_dstate ? state_numbers : 0), dt, dv;
   const Segments cuts = cut(p);
 
-  if (is_rank_one(p)) {
+  if (plan::rank_one(p)) {
     rank_one_backward<Acc>(host, p, condition.state.data, cuts, io, want_dstate ? dstate.get() : nullptr);
   } else {
     Array<Acc> g;
@@ -222,7 +260,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     matrix_backward(host, p, condition.v.get(), dstate.get(), dv.get());
     dv_tokens = dv.get();
   }
-  const bool rank_one = is_rank_one(p);
+  const bool rank_one = plan::rank_one(p), together = !rank_one && io.dx && p.weight && !library_base(p);
   if (in_sequence && dv_tokens != nullptr && dt.get() != nullptr && !rank_one) {
     for (int64_t row = 0; row < rows; ++row) {  // V is rows of T
       if (!p.condition_mask[row]) continue;
@@ -237,6 +275,9 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
       Epilogue masked = product(p);
       masked.mask = p.drop_x;
       if (p.residual) masked.residual = io.dout;
+      std::optional<Factors> base;
+      if (together) base = {io.dout, p.weight};
+      masked.plus = base ? &*base : nullptr;
       gemm<Acc>(host, io.dx, dt_matrix, p.a, masked);
     }
   }
@@ -252,8 +293,8 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     std::copy_n(dstate.get(), state_numbers, static_cast<Acc*>(io.dstate));
   }
 
-  if (io.dx && p.weight) base_gemm(host, io.dx, io.dout, p.weight, true);
-  if (io.dweight) base_gemm(host, io.dweight, io.dout.transposed(), p.x, false);
+  if (io.dx && p.weight && !together) base_gemm(host, p, io.dx, io.dout, p.weight, true);
+  if (io.dweight) base_gemm(host, p, io.dweight, io.dout.transposed(), p.x, false);
   if (io.dbias) column_sums<Acc>(host, io.dbias, io.dout, false);
 }
 

@@ -8,6 +8,15 @@
 
 namespace routed_peft::plan {
 
+// What a choice comes out as instead of the one below: for benchmarks that time the alternatives and for tests. Set
+// while no call runs, and the same for a forward and its backward; -1 is as planned.
+struct Forced {
+  int rank_one = -1, gram_order = -1, library_gemm = -1, library_base = -1, by_lines = -1, reduction_splits = -1;
+};
+inline Forced forced;
+
+constexpr int64_t chosen(int by_force, int64_t planned) { return by_force < 0 ? planned : by_force; }
+
 // The form of a condition's state. `single`: it has exactly one token.
 constexpr StateKind state_kind(Routing routing, Pool pool, bool single) {
   if (routing == Routing::kNone) return StateKind::kNone;
@@ -21,6 +30,10 @@ constexpr StateKind state_kind(Routing routing, Pool pool, bool single) {
 constexpr bool rank_one(Routing routing, StateKind kind, Activation activation, bool has_down_bias) {
   return kind == StateKind::kVector && activation == Activation::kNone && !has_down_bias &&
          (routing == Routing::kExpand || routing == Routing::kGram || routing == Routing::kOnes);
+}
+
+inline bool rank_one(const Problem& p) {
+  return chosen(forced.rank_one, 1) && rank_one(p.routing, p.kind, p.activation, bool(p.b_down));
 }
 
 // gram and gram_relu: T (VᵀV) through the R×R matrix S, or (T Vᵀ) V through an N×M one that lives in a tile.
@@ -52,14 +65,16 @@ constexpr GramOrder gram_order(const GramShape& s) {
 // and where S is given, it is S.
 inline GramOrder gram_order(const Problem& p) {
   if (p.source != Source::kTokens) return GramOrder::kMatrix;
-  return gram_order(GramShape{double(p.inputs.count), double(p.conditions.count), double(p.inputs.rows),
-                              double(p.conditions.rows), double(p.group_width())});
+  const GramShape shape{double(p.inputs.count), double(p.conditions.count), double(p.inputs.rows),
+                        double(p.conditions.rows), double(p.group_width())};
+  return static_cast<GramOrder>(chosen(forced.gram_order, static_cast<int64_t>(gram_order(shape))));
 }
 
 // What the processor offers to a product.
 struct Processor {
   bool wide_vectors = false;     // AVX2 or more: ours are as fast as the library's on rank-wide shapes, or faster
-  bool native_bfloat16 = false;  // products of bfloat16 pairs, which the library uses and we do not
+  bool native_bfloat16 = false;  // products of bfloat16 pairs, which the library uses
+  bool outruns_library = false;  // 512-bit arithmetic at full width, of which the library uses half
 };
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
@@ -70,6 +85,16 @@ constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t
   return dtype != Dtype::kFloat16 && !processor.wide_vectors;
 }
 
+// Whether the base layer's product goes to torch's library. Ours takes the update along in one pass over out.
+constexpr bool library_base(Dtype dtype, Processor processor) {
+  return !processor.outruns_library || (dtype != Dtype::kFloat32 && dtype != Dtype::kFloat64);
+}
+
+// A product of a few rows takes its second factor line by line as it lies, where that is large: to lay it out takes
+// longer than the product.
+constexpr int64_t kFewRows = 16;
+constexpr bool by_lines(int64_t rows, int64_t numbers) { return rows <= kFewRows && numbers >= 32768; }
+
 // Rows of a piece of work that never spans two samples.
 constexpr int64_t kSegmentRows = 128;
 
@@ -78,6 +103,10 @@ constexpr int64_t kSegmentRows = 128;
 constexpr int64_t reduction_splits(int64_t conditions, int64_t segments) {
   if (conditions <= 0) return 1;
   return std::clamp<int64_t>(std::min(int64_t{16} / conditions, segments / conditions / 2), 1, 16);
+}
+
+inline int64_t splits(int64_t conditions, int64_t segments) {
+  return chosen(forced.reduction_splits, reduction_splits(conditions, segments));
 }
 
 // Rank-one: conditions worked on at a time, so that q and p of many small samples never become a full-size tensor.

@@ -11,12 +11,11 @@
 namespace routed_peft::cuda {
 namespace {
 
-bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
-
 // A, B and C, those that are read in the input's dtype alone.
 cudaError_t pack_all(const Host& host, Problem& p) {
   Matrix none;
-  const bool rows = !is_rank_one(p), shares = p.encodes() && p.shared, own_c = p.source == Source::kTokens && !p.shared;
+  const bool rows = !plan::rank_one(p), shares = p.encodes() && p.shared,
+             own_c = p.source == Source::kTokens && !p.shared;
   RP_TRY(pack_parameters(host, p, {rows || shares ? &p.a : &none, rows ? &p.b : &none, own_c ? &p.c : &none}));
   if (p.shared && p.a) p.c = p.a;
   return cudaSuccess;
@@ -241,7 +240,7 @@ cudaError_t forward(const Host& host, const Problem& problem, const ForwardResul
   } else if (p.encodes() && (p.source == Source::kTokens || p.kind == StateKind::kVector)) {
     RP_TRY(encode_condition(host, p, result.state, result.kept, true, c));
   }
-  if (is_rank_one(p)) {
+  if (plan::rank_one(p)) {
     void* space = host.scratch(rank_one_scratch(p));
     RP_TRY(rank_one(p, c.state, result.out, static_cast<float*>(result.t.data), space, host.stream()));
   } else {

@@ -500,7 +500,7 @@ cudaError_t rank_one_backward(const Host& host, const Problem& p, const Backward
 cudaError_t backward(const Host& host, const Problem& problem, const Backward& io) {
   Problem p = problem;
   if (p.group_width() > kMaxWidth || p.slice_count > kMaxSlices) return cudaErrorInvalidValue;
-  if (plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down))) {
+  if (plan::rank_one(p)) {
     RP_TRY(rank_one_backward(host, p, io));
   } else {
     const Wanted want(p, io);

@@ -114,6 +114,9 @@ Call make_call(const Place& place, const Tensor& x, const Tensor& A, const Tenso
     for (size_t i = 0; i < slices.size(); i += 2) {
       STD_TORCH_CHECK(0 <= slices[i] && slices[i] < slices[i + 1] && slices[i + 1] <= out_features,
                       "slice out of range");
+      for (const Slice& other : call.slices) {
+        STD_TORCH_CHECK(slices[i + 1] <= other.start || other.start + other.length <= slices[i], "slices overlap");
+      }
       call.slices.push_back({slices[i], slices[i + 1] - slices[i], row});
       row += slices[i + 1] - slices[i];
     }

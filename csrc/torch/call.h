@@ -56,8 +56,6 @@ using Addmm = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, At
 void multiply(Addmm addmm, const torch::stable::Device& device, const Matrix& out, const Matrix& a, const Matrix& b,
               double alpha, bool accumulate);
 
-inline bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
-
 inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
@@ -88,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   ForwardResult result;
   result.out = dense(out.data_ptr(), p.dtype, p.x.rows, out_features);
   if (save != 0) {
-    t = is_rank_one(p) ? accumulated(p, x, {p.x.rows, p.groups}) : torch::stable::new_empty(x, {p.x.rows, p.width});
+    t = plan::rank_one(p) ? accumulated(p, x, {p.x.rows, p.groups}) : torch::stable::new_empty(x, {p.x.rows, p.width});
     result.t = place.matrix_of("T", t, -1, -1);
     const bool through_v = p.kind == StateKind::kMatrix && plan::gram_order(p) == plan::GramOrder::kTokens;
     if (p.encodes() && (save == 1 || !through_v)) {
@@ -139,7 +137,7 @@ NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor 
   check_size("dout", io.dout.rows, p.x.rows);
   check_size("dout", io.dout.cols, out_features);
   STD_TORCH_CHECK(io.dout.dtype == p.dtype, "dout must have the input's dtype");
-  const bool one = is_rank_one(p);
+  const bool one = plan::rank_one(p);
   const int64_t t_cols = one ? p.groups : p.width;
   const Dtype t_dtype = one ? accumulated_dtype(p.dtype) : p.dtype;
   io.t = dense(place.saved_of("T", t, type_of(t_dtype), p.x.rows * t_cols), t_dtype, p.x.rows, t_cols);

@@ -1,13 +1,31 @@
-// routed_peft._C: queries that carry no tensor. The ops register themselves when this module is loaded (ops.cpp).
+// routed_peft._C: what carries no tensor. The ops register themselves when this module is loaded (ops.cpp).
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <map>
+#include <string>
+
 #include "cpu/isa.h"
+#include "kernels/plan.h"
 
 namespace py = pybind11;
+namespace plan = routed_peft::plan;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of routed_peft's C++ library.";
+  m.def(
+      "force",
+      [](const std::string& choice, int value) {
+        using plan::Forced;
+        const std::map<std::string, int Forced::*> choices = {
+            {"rank_one", &Forced::rank_one},         {"gram_order", &Forced::gram_order},
+            {"library_gemm", &Forced::library_gemm}, {"library_base", &Forced::library_base},
+            {"by_lines", &Forced::by_lines},         {"reduction_splits", &Forced::reduction_splits}};
+        plan::forced.*choices.at(choice) = value;
+      },
+      py::arg("choice"), py::arg("value"),
+      "For benchmarks of the planner: what a choice of csrc/kernels/plan.h comes out as from now on; -1 is as "
+      "planned.");
   m.def("build_info", [] {
     py::dict info;
     info["torch_headers"] = TORCH_VERSION;

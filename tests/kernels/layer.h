@@ -387,7 +387,6 @@ inline Bound bind(const Layer& layer, Dtype dtype, Dtype parameters, Random& ran
 }
 
 inline bool encodes(const Problem& p) { return p.source == Source::kTokens || p.source == Source::kInSequence; }
-inline bool is_rank_one(const Problem& p) { return plan::rank_one(p.routing, p.kind, p.activation, bool(p.b_down)); }
 inline int64_t state_rows(const Problem& p) {
   return p.kind == StateKind::kTokens ? p.conditions.rows : p.conditions.count;
 }

@@ -58,7 +58,7 @@ Outcome run_layer(const Bound& bound, int save, unsigned wanted, const Forward& 
   Outcome r;
   r.out = Tensor(p.dtype, p.inputs.rows, p.out_features);
   if (save != 0) {
-    const bool one = is_rank_one(p);
+    const bool one = plan::rank_one(p);
     r.t = Tensor(one ? accumulated(p.dtype) : p.dtype, p.inputs.rows, one ? p.groups : p.width);
     if (encodes(p) && (p.kind != StateKind::kMatrix || save == 1 || plan::gram_order(p) == GramOrder::kMatrix)) {
       r.state = Tensor(accumulated(p.dtype), state_rows(p), p.state_size());
@@ -172,8 +172,8 @@ void check(const Case& c, Random& random) {
     const unsigned wanted = save == 1 ? ~through_condition(p) : kAll;
     const Outcome r = run(bound, device, std::min(save, 2), wanted, where);
     near(r.out, reference.out, tolerance, "out", where);
-    counts.rank_one += is_rank_one(p);
-    if (save != 0 && !is_rank_one(p)) near(r.t, reference.t, tolerance, "T", where);
+    counts.rank_one += plan::rank_one(p);
+    if (save != 0 && !plan::rank_one(p)) near(r.t, reference.t, tolerance, "T", where);
     if (r.state.matrix()) near(r.state, reference.state, tolerance, "state", where);
     if (r.kept.matrix()) {
       near(r.kept, p.kind == StateKind::kVector ? reference.pooled_y : reference.v, tolerance, "kept", where);

@@ -8,6 +8,7 @@ namespace routed_peft::test {
 namespace {
 
 using cpu::Epilogue;
+using cpu::Factors;
 using cpu::Operand;
 
 constexpr int64_t kSizes[] = {0, 1, 7, 8, 9, 31, 33, 63, 65, 127, 129, 255, 257, 300};
@@ -26,9 +27,9 @@ double kept(const Dropout& d, int64_t row, int64_t col) {
   return dropout_keeps(d.seed, d.stream, d.threshold, row, col) ? d.scale() : 0;
 }
 
-double rounded(double value) {
+double rounded(double value) {  // by way of float32, as a float64 is read
   static Tensor one(Dtype::kBFloat16, 1, 1);
-  one.fill([&](int64_t, int64_t) { return value; });
+  one.fill([&](int64_t, int64_t) { return static_cast<float>(value); });
   return get(one, 0, 0);
 }
 
@@ -97,6 +98,12 @@ void product(Random& random, int64_t m, int64_t n, int64_t k) {
     e.residual = residual;
   }
   if (random.below(3) == 0) e.mask = {random.bits(), kThresholds[random.below(3)], 0};
+  const int64_t more = kSizes[random.below(kSizeCount)];
+  Tensor left(any(), m, more, static_cast<Layout>(random.below(4)));
+  Tensor right(any(), more, n, static_cast<Layout>(random.below(4)));
+  for (Tensor* t : {&left, &right}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
+  const Factors second{left.matrix(), right.matrix()};
+  if (random.coin()) e.plus = &second;
   const Dtype out_dtype = any();
   const Layout out_layout = static_cast<Layout>(random.below(4));
   Tensor before(out_dtype, m, n, out_layout);  // NaN where nothing is added to it
@@ -114,6 +121,9 @@ void product(Random& random, int64_t m, int64_t n, int64_t k) {
   // factors.
   const auto wrong = [&](const Tensor& got, bool half) -> int64_t {
     const std::vector<double> rows = a.values(true, half), columns = b.values(false, half);
+    const auto number = [&](const Tensor& t, int64_t i, int64_t j) {
+      return half ? rounded(get(t, i, j)) : get(t, i, j);
+    };
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) {
         const double* x = rows.data() + i * k;
@@ -125,11 +135,16 @@ void product(Random& random, int64_t m, int64_t n, int64_t k) {
         }
         const double scale = e.alpha * kept(e.mask, i, j);
         sum *= scale, size *= std::abs(scale);
+        for (int64_t l = 0; e.plus && l < more; ++l) {
+          const double term = number(left, i, l) * number(right, l, j);
+          sum += term, size += std::abs(term);
+        }
         for (const double term : {e.bias ? get(e.bias, 0, j) : 0, e.residual ? get(e.residual, i, j) : 0,
                                   e.accumulate ? get(before, i, j) : 0}) {
           sum += term, size += std::abs(term);
         }
-        const double allowed = double(k + 8) * unit * size + epsilon(out_dtype) * std::abs(sum) + tiny(out_dtype);
+        const double allowed =
+            double(k + more + 8) * unit * size + epsilon(out_dtype) * std::abs(sum) + tiny(out_dtype);
         if (!(std::abs(get(got, i, j) - sum) <= allowed)) return i * n + j;
       }
     }
@@ -146,7 +161,7 @@ void product(Random& random, int64_t m, int64_t n, int64_t k) {
   const Tensor serial = run([&](const Matrix& to) { cpu::gemm_serial<Acc>(to, a.operand(), b.operand(), e); });
   CHECK(serial.bytes() == out.bytes(), "gemm_serial differs, %d %d %d", int(m), int(n), int(k));
   // (a b)ᵀ = bᵀ aᵀ, with what `turned` keeps of dropout and `valid`
-  if (e.mask.threshold == 0 && !e.bias && !e.residual) {
+  if (e.mask.threshold == 0 && !e.bias && !e.residual && !e.plus) {
     const Tensor turned = run([&](const Matrix& to) {
       cpu::gemm<Acc>(host(0), to.transposed(), b.operand().turned(), a.operand().turned(), e);
     });

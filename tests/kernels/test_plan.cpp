@@ -158,6 +158,16 @@ void library() {
   }
 }
 
+void base() {
+  constexpr plan::Processor kOrdinary{true, true}, kFast{true, true, true};
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    CHECK(plan::library_base(dtype, {}) && plan::library_base(dtype, kOrdinary), "a vendor's product is the fastest");
+  }
+  CHECK(!plan::library_base(Dtype::kFloat32, kFast) && !plan::library_base(Dtype::kFloat64, kFast), "ours is faster");
+  CHECK(plan::library_base(Dtype::kBFloat16, kFast) && plan::library_base(Dtype::kFloat16, kFast),
+        "the library's pairs");
+}
+
 void kernels() {
   for (int64_t width = 1; width <= 300; ++width) {
     const int64_t padded = plan::padded_width(width);
@@ -227,6 +237,7 @@ int main() {
   rank_one_table();
   splits();
   library();
+  base();
   kernels();
   parameters();
 }

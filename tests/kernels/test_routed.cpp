@@ -30,7 +30,7 @@ Outcome run(const Bound& bound, const cpu::Host& host, int save, unsigned wanted
   Outcome r;
   r.out = Tensor(p.dtype, p.inputs.rows, p.out_features, layout);
   if (save != 0) {
-    const bool one = is_rank_one(p);
+    const bool one = plan::rank_one(p);
     r.t = Tensor(one ? accumulated(p.dtype) : p.dtype, p.inputs.rows, one ? p.groups : p.width);
     if (encodes(p) && (p.kind != StateKind::kMatrix || save == 1 || plan::gram_order(p) == plan::GramOrder::kMatrix)) {
       r.state = Tensor(accumulated(p.dtype), state_rows(p), p.state_size());
@@ -161,6 +161,25 @@ struct Counts {
   int64_t cases = 0, rank_one = 0, gram[2] = {};
 } counts;
 
+// Every choice of plan.h the other way round, or as it is.
+struct Otherwise {
+  int plan::Forced::* choice;
+  int value;
+  const char* name;
+};
+constexpr Otherwise kOtherwise[] = {
+    {&plan::Forced::rank_one, 0, "no rank-one"},
+    {&plan::Forced::gram_order, 0, "gram through S"},
+    {&plan::Forced::gram_order, 1, "gram through V"},
+    {&plan::Forced::library_gemm, 1, "low-rank products by the library"},
+    {&plan::Forced::library_base, 0, "base and update together"},
+    {&plan::Forced::library_base, 1, "base by the library"},
+    {&plan::Forced::by_lines, 0, "panels for few rows"},
+    {&plan::Forced::by_lines, 1, "few rows by lines"},
+    {&plan::Forced::reduction_splits, 1, "one sum"},
+    {&plan::Forced::reduction_splits, 3, "three sums"},
+};
+
 void check(const Case& c, Random& random) {
   const std::string where = describe(c);
   const Layer layer = make(c, random);
@@ -168,7 +187,7 @@ void check(const Case& c, Random& random) {
   const Reference reference = evaluate(layer, layer.values);
   Bound bound = bind(layer, Dtype::kFloat64, Dtype::kFloat64, random);
   const Layout layout = static_cast<Layout>(random.below(4));
-  const bool one = is_rank_one(bound.p);
+  const bool one = plan::rank_one(bound.p);
   ++counts.cases;
   counts.rank_one += one;
   if (p.kind == StateKind::kMatrix && encodes(p)) {
@@ -219,6 +238,12 @@ void check(const Case& c, Random& random) {
   close(frozen, 1e-11, "frozen");
   if (frozen.state.matrix()) near(frozen.state, reference.state, 1e-12, "state", where);
   if (counts.cases % 4 == 0 || c.large) close(run(bound, LibraryHost(), 2, kAll, layout), 1e-11, "with a library");
+  {
+    const Otherwise& other = kOtherwise[counts.cases % std::ssize(kOtherwise)];
+    plan::forced.*other.choice = other.value;
+    close(run(bound, LibraryHost(), 2, kAll, layout), 1e-11, other.name);
+    plan::forced = {};
+  }
   if (p.source == Source::kTokens && !p.shared) check_encode(layer, bound, by_element, reference, random, where);
 
   // the other dtypes on the same numbers; parameters may be wider than the input
