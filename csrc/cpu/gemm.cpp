@@ -30,13 +30,19 @@ struct Plain {
   using Unit = Acc;
   using Number = Acc;
   static constexpr int64_t kEach = 1;
+  static constexpr Dtype kNumber = accumulated_dtype<Acc>();
   static auto micro(int64_t i, int64_t v) { return isa<Acc>().micro[i][v]; }
+  static auto lay() { return isa<Acc>().lay_lines; }
+  static bool lays(Dtype) { return true; }
 };
 struct Pairs {
   using Unit = uint32_t;
   using Number = uint16_t;
   static constexpr int64_t kEach = 2;
-  static auto micro(int64_t i, int64_t v) { return isa<float>().pairs[i][v]; }
+  static constexpr Dtype kNumber = Dtype::kBFloat16;
+  static auto micro(int64_t i, int64_t v) { return isa<float>().half.micro[i][v]; }
+  static auto lay() { return isa<float>().half.lay_lines; }
+  static bool lays(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat32; }
 };
 
 bool plain(const Operand& o) { return o.dropout.threshold == 0 && o.valid == nullptr; }
@@ -58,7 +64,7 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
   constexpr bool rounds = !std::is_same_v<Number, Acc>;
   if (plain(o) && m.col_stride == 1) {
     if constexpr (rounds) {
-      set.round_lines(m.at(first, offset), m.dtype, m.row_stride, lines, n, to, ld);
+      set.half.round_lines(m.at(first, offset), m.dtype, m.row_stride, lines, n, to, ld);
     } else {
       set.load_lines(m.at(first, offset), m.dtype, m.row_stride, lines, n, to, ld);
     }
@@ -71,38 +77,35 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
       std::fill_n(to, n, Number{0});
       continue;
     }
-    if constexpr (!rounds) line = to;
-    load_row(m, first + i, offset, n, line);
-    if (o.dropout.threshold != 0) (rounds ? set.mask : set.drop)(line, first + i, offset, n, o.dropout);
-    if constexpr (rounds) set.store(line, n, Dtype::kBFloat16, to);
+    if constexpr (rounds) {
+      if (m.dtype == Dtype::kBFloat16 && m.col_stride == 1) {
+        std::memcpy(to, m.at(first + i, offset), size_t(n) * sizeof(Number));
+      } else {
+        load_row(m, first + i, offset, n, line);
+        set.half.round_lines(line, Dtype::kFloat32, n, 1, n, to, n);
+      }
+      if (o.dropout.threshold != 0) set.half.mask(to, first + i, offset, n, o.dropout);
+    } else {
+      load_row(m, first + i, offset, n, to);
+      if (o.dropout.threshold != 0) set.drop(to, first + i, offset, n, o.dropout);
+    }
   }
 }
 
-// [numbers of k] lines of `n` (ld apart) as units [units of k] lines of n.
-inline void pair_up(const uint16_t* from, int64_t ld, int64_t units, int64_t n, uint32_t* to, int64_t to_ld) {
-  for (int64_t k = 0; k < units; ++k) {
-    const uint16_t *even = from + 2 * k * ld, *odd = even + ld;
-    for (int64_t j = 0; j < n; ++j) to[k * to_ld + j] = even[j] | uint32_t{odd[j]} << 16;
-  }
-}
-
-// Lines of k: depth × n from (k0, first) on, units [units of depth][padded n]; what is beyond is zero.
+// Lines of k: depth × n from (k0, first) on, as columns of `width` units, `panel` after one another; what is beyond n
+// in the last is zero.
 template <class Acc, class Format>
-void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t padded,
-                 typename Format::Unit* to) {
-  using Number = typename Format::Number;
-  thread_local Scratch<Number> scratch;
-  const int64_t units = up(depth, Format::kEach) / Format::kEach;
-  Number* lines;
-  if constexpr (Format::kEach == 1) {
-    lines = to;
-  } else {
-    lines = scratch.get(units * Format::kEach * padded);
+void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t width,
+                 int64_t panel, typename Format::Unit* to) {
+  const Matrix m = columns ? o.matrix.transposed() : o.matrix;
+  if (plain(o) && m.col_stride == 1 && Format::lays(m.dtype)) {
+    Format::lay()(m.at(k0, first), m.dtype, m.row_stride, depth, n, width, panel, to);
+    return;
   }
-  read_lines<Acc>(o, columns, k0, depth, first, n, lines, padded);
-  for (int64_t k = 0; n < padded && k < depth; ++k) std::fill_n(lines + k * padded + n, padded - n, Number{0});
-  std::fill_n(lines + depth * padded, (units * Format::kEach - depth) * padded, Number{0});
-  if constexpr (Format::kEach == 2) pair_up(lines, padded, units, padded, to, padded);
+  thread_local Scratch<typename Format::Number> scratch;
+  typename Format::Number* lines = scratch.get(depth * n);
+  read_lines<Acc>(o, columns, k0, depth, first, n, lines, n);
+  Format::lay()(lines, Format::kNumber, n, depth, n, width, panel, to);
 }
 
 // Lines along k: n × depth from (first, k0) on, units [padded n][units of depth]; what is beyond is zero.
@@ -122,41 +125,30 @@ template <class Acc, class Format>
 void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t n, typename Format::Unit* panels) {
   using Unit = typename Format::Unit;
   const int64_t lanes = isa<Acc>().lanes, padded = up(n, lanes), units = up(depth, Format::kEach) / Format::kEach;
-  const bool columns = lines_are_columns(b);
-  thread_local Scratch<Unit> scratch;
-  const bool plainly = Format::kEach == 1 && plain(b), direct = !columns && plainly;
+  const int64_t wide = padded / (2 * lanes) * 2 * lanes;  // columns in panels of two vectors
+  if (!lines_are_columns(b)) {
+    if (wide > 0) {
+      read_across<Acc, Format>(b, false, k0, j0, depth, std::min(n, wide), 2 * lanes, 2 * lanes * units, panels);
+    }
+    if (n > wide) read_across<Acc, Format>(b, false, k0, j0 + wide, depth, n - wide, lanes, 0, panels + wide * units);
+    return;
+  }
   // Lines along k that need no conversion are turned as they lie.
   const Matrix turned = b.matrix.transposed();
-  const bool as_it_is =
-      columns && plainly && n == padded && b.matrix.dtype == accumulated_dtype<Acc>() && turned.col_stride == 1;
-  const Unit* lines = nullptr;
+  const Unit* lines;
   int64_t ld = units;
-  if (as_it_is) {
-    lines = reinterpret_cast<const Unit*>(turned.at(j0, k0));
+  if (Format::kEach == 1 && plain(b) && n == padded && turned.dtype == Format::kNumber && turned.col_stride == 1) {
+    lines = static_cast<const Unit*>(turned.at(j0, k0));
     ld = turned.row_stride;
-  } else if (!direct) {
+  } else {
+    thread_local Scratch<Unit> scratch;
     Unit* copy = scratch.get(units * padded);
-    if (columns) {
-      read_along<Acc, Format>(b, true, k0, j0, depth, n, padded, copy);
-    } else {
-      read_across<Acc, Format>(b, false, k0, j0, depth, n, padded, copy);
-    }
+    read_along<Acc, Format>(b, true, k0, j0, depth, n, padded, copy);
     lines = copy;
   }
-  for (int64_t j = 0; j < padded; j += 2 * lanes) {
-    const int64_t width = std::min(2 * lanes, padded - j);
-    Unit* panel = panels + j * units;
-    if (columns) {
-      for (int64_t i = 0; i < width; i += lanes) {
-        isa<Acc>().turn(lines + (j + i) * ld, ld, units, panel + i, width);
-      }
-    } else if (direct) {
-      read_across<Acc, Format>(b, false, k0, j0 + j, depth, std::min(width, n - j), width, panel);
-    } else {
-      for (int64_t k = 0; k < units; ++k) {
-        std::memcpy(panel + k * width, lines + k * padded + j, sizeof(Unit) * size_t(width));
-      }
-    }
+  for (int64_t j = 0; j < padded; j += lanes) {
+    const int64_t width = j < wide ? 2 * lanes : lanes;
+    isa<Acc>().turn(lines + j * ld, ld, units, panels + j / width * width * units + j % width, width);
   }
 }
 
@@ -293,7 +285,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, set.row_step);
           if (!keep || j0 == left) {
             if (columns) {
-              read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, tile);
+              read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, 0, tile);
             } else {
               read_along<Acc, Format>(f->a, false, k0, i0 + part, depth, part_rows, padded, tile);
             }
@@ -430,7 +422,7 @@ template <class Acc>
 void product(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
   if (few_rows<Acc>(host, out, factors, e)) return;
   if constexpr (std::is_same_v<Acc, float>) {
-    if (e.in_bfloat16 && isa<float>().pairs[0][0] != nullptr) {
+    if (e.in_bfloat16 && isa<float>().half.micro[0][0] != nullptr) {
       Epilogue scaled = e;  // dropout's factors here, where they are not rounded
       for (const Operand* o : {&factors.a, &factors.b}) {
         if (o->dropout.threshold != 0) scaled.alpha *= o->dropout.scale();
@@ -496,7 +488,7 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
   const Dtype dtype = half ? Dtype::kBFloat16 : out.dtype;
   const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
   // Ours has sums in float32 where the library would round them.
-  if (half && out.dtype != Dtype::kBFloat16 && isa<float>().pairs[0][0] != nullptr) return false;
+  if (half && out.dtype != Dtype::kBFloat16 && isa<float>().half.micro[0][0] != nullptr) return false;
   if (e.plus || !unmasked || (bias && e.accumulate) ||
       (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
       !plan::chosen(plan::forced.library_gemm,

@@ -131,11 +131,11 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #undef RP_MULTIPLY_LOW
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #endif
 namespace avx512 {
 // Loops::micro for pairs of bfloat16.
@@ -159,6 +159,84 @@ void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const
       float* at = c + i * ldc + v * 16;
       _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[i][v]));
     }
+  }
+}
+
+// Of 32 pairs [first | second] in two halves, the pairs behind one another.
+inline __m512i alternating() {
+  alignas(64) uint16_t index[32];
+  for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return _mm512_load_si512(index);
+}
+
+inline __mmask16 first_of(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1u << n) - 1); }
+
+void round_lines(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
+                 int64_t to_stride) {
+  constexpr int64_t kChunk = 64;
+  const char* source = static_cast<const char*>(from);
+  for (int64_t i = 0; i < lines; ++i, source += stride * element_size(dtype), to += to_stride) {
+    if (dtype == Dtype::kBFloat16) {
+      std::memcpy(to, source, size_t(n) * sizeof(uint16_t));
+      continue;
+    }
+    float converted[kChunk];
+    for (int64_t done = 0; done < n; done += kChunk) {
+      const int64_t count = n - done < kChunk ? n - done : kChunk;
+      const float* line = reinterpret_cast<const float*>(source) + done;
+      if (dtype != Dtype::kFloat32) {
+        Loops<float>::load(source + done * element_size(dtype), dtype, count, converted);
+        line = converted;
+      }
+      for (int64_t j = 0; j < count; j += 16) {
+        const __mmask16 lanes = first_of(count - j);
+        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, line + j));
+        _mm256_mask_storeu_epi16(to + done + j, lanes, (__m256i)rounded);
+      }
+    }
+  }
+}
+
+void lay_pairs(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width, int64_t panel,
+               uint32_t* to) {
+  const __m512i order = alternating();
+  const char* source = static_cast<const char*>(from);
+  const int64_t size = element_size(dtype), units = (depth + 1) / 2;
+  for (int64_t k = 0; k < units; ++k) {
+    const char *even = source + 2 * k * stride * size, *odd = even + stride * size;
+    const bool both = 2 * k + 1 < depth;
+    for (int64_t j = 0; j < n; j += width) {
+      uint32_t* target = to + j / width * panel + k * width;
+      for (int64_t i = 0; i < width; i += 16) {  // lanes beyond n are zero
+        const int64_t left = n - j - i, at = (j + i) * size;
+        const __mmask16 lanes = first_of(left > 0 ? left : 0), second = both ? lanes : __mmask16{0};
+        __m512i pairs;
+        if (dtype == Dtype::kFloat32) {
+          const __m512 low = _mm512_maskz_loadu_ps(lanes, even + at), high = _mm512_maskz_loadu_ps(second, odd + at);
+          pairs = _mm512_maskz_permutexvar_epi16(~0u, order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        } else {
+          const __m512i low = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(lanes, even + at));
+          const __m512i high = _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(second, odd + at));
+          pairs = _mm512_or_si512(low, _mm512_maskz_slli_epi32(0xFFFF, high, 16));
+        }
+        _mm512_mask_storeu_epi32(target + i, first_of(width - i), pairs);
+      }
+    }
+  }
+}
+
+void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
+  for (int64_t done = 0; done < n;) {
+    const int64_t first = (column + done) % 64;
+    const int64_t count = n - done < 64 - first ? n - done : 64 - first;
+    const uint64_t bits = kept(dropout, row, (column + done) / 64) >> first;
+    for (int64_t i = 0; i < count; i += 32) {
+      const __mmask32 lanes = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
+      const __m512i kept_numbers =
+          _mm512_maskz_loadu_epi16(lanes & static_cast<__mmask32>(bits >> i), run + done + i);
+      _mm512_mask_storeu_epi16(run + done + i, lanes, kept_numbers);
+    }
+    done += count;
   }
 }
 }  // namespace avx512
@@ -195,8 +273,10 @@ Isa<Acc> choose() {
     if constexpr (std::is_same_v<Acc, float>) {
       using namespace avx512;
       if (set.processor.native_bfloat16) {
-        set.pairs[0][0] = pairs<4, 1>, set.pairs[0][1] = pairs<4, 2>, set.pairs[1][0] = pairs<8, 1>;
-        set.pairs[1][1] = pairs<8, 2>, set.pairs[2][0] = pairs<12, 1>, set.pairs[2][1] = pairs<12, 2>;
+        set.half = {{{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
+                    round_lines,
+                    lay_pairs,
+                    mask_run};
       }
     }
     return set;

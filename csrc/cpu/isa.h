@@ -21,21 +21,20 @@ struct Isa {
   plan::Processor processor;
   int64_t row_step, lanes;
   Micro<Acc> micro[3][2];       // of row_step, twice and three times as many rows; by one and two vectors of `lanes`
-  Micro<uint32_t> pairs[3][2];  // the same for bfloat16; nullptr where the processor has no such product
   // Contiguous conversions; storing rounds to nearest even.
   void (*load)(const void* from, Dtype dtype, int64_t n, Acc* to);
   void (*store)(const Acc* from, int64_t n, Dtype dtype, void* to);
-  // `lines` times load, and load and store as bfloat16; strides in elements.
   void (*load_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, Acc* to,
-                     int64_t to_stride);
-  void (*round_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
-                      int64_t to_stride);
+                     int64_t to_stride);  // load, `lines` times; strides in elements
+  // depth lines of n numbers, `width` columns of them [depth, width] together, `panel` numbers after one another; what
+  // the last lacks is zero.
+  void (*lay_lines)(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width,
+                    int64_t panel, Acc* to);
   // to [n, lanes] (leading dimension to_ld) = from [lanes, n] (leading dimension ld) turned over; numbers as large as
   // Acc.
   void (*turn)(const void* from, int64_t ld, int64_t n, void* to, int64_t to_ld);
   // run = columns [column, column + n) of a row, dropped and scaled in place.
   void (*drop)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
-  void (*mask)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);  // dropped, and not scaled
   // out = alpha · sum, dropped, + bias + residual (+ out), each of which may be absent; n contiguous columns.
   void (*finish)(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
                  const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out);
@@ -44,6 +43,19 @@ struct Isa {
                int64_t ldc);
   Acc (*dot)(const Acc* a, const Acc* b, int64_t n);
   void (*axpy)(int64_t n, Acc alpha, const Acc* x, Acc* y);  // y += alpha x
+
+  // What a processor adds that multiplies pairs of bfloat16; all nullptr on others, and where Acc is not float.
+  struct Half {
+    Micro<uint32_t> micro[3][2];
+    // load_lines and lay_lines, rounded to bfloat16; the latter takes float32 and bfloat16 and makes units, of which
+    // the last holds a zero where depth is odd.
+    void (*round_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
+                        int64_t to_stride);
+    void (*lay_lines)(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width,
+                      int64_t panel, uint32_t* to);
+    // A run of bfloat16, dropped and not scaled.
+    void (*mask)(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
+  } half;
 };
 
 // The best set this processor has, or the one that ROUTED_PEFT_ISA=baseline|avx2|avx512 names (for tests; a name it

@@ -119,20 +119,16 @@ struct Loops {
     for (int64_t i = 0; i < lines; ++i) load(source + i * bytes, dtype, n, to + i * to_stride);
   }
 
-  static void round_lines(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
-                          int64_t to_stride) {
+  static void lay_lines(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width,
+                        int64_t panel, Acc* to) {
     const char* source = static_cast<const char*>(from);
-    const int64_t bytes = stride * element_size(dtype);
-    for (int64_t i = 0; i < lines; ++i) {
-      if (dtype == Dtype::kBFloat16) {
-        std::memcpy(to + i * to_stride, source + i * bytes, size_t(n) * 2);
-        continue;
-      }
-      Acc line[kChunk];
-      for (int64_t j = 0; j < n; j += kChunk) {
-        const int64_t count = n - j < kChunk ? n - j : kChunk;
-        load(source + i * bytes + j * element_size(dtype), dtype, count, line);
-        store(line, count, Dtype::kBFloat16, to + i * to_stride + j);
+    const int64_t size = element_size(dtype);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = 0; j < n; j += width) {
+        const int64_t count = n - j < width ? n - j : width;
+        Acc* target = to + j / width * panel + k * width;
+        load(source + (k * stride + j) * size, dtype, count, target);
+        for (int64_t i = count; i < width; ++i) target[i] = 0;
       }
     }
   }
@@ -183,12 +179,7 @@ struct Loops {
   }
 
   static void drop(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
-    drop_by(static_cast<Acc>(dropout.scale()), run, row, column, n, dropout);
-  }
-  static void mask(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
-    drop_by(Acc{1}, run, row, column, n, dropout);
-  }
-  static void drop_by(Acc scale, Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
+    const Acc scale = static_cast<Acc>(dropout.scale());
     for (int64_t done = 0; done < n;) {
       const int64_t first = (column + done) % 64;
       const int64_t count = n - done < 64 - first ? n - done : 64 - first;
@@ -317,17 +308,16 @@ struct Loops {
             {{micro<kStep, 1>, micro<kStep, 2>},
              {micro<2 * kStep, 1>, micro<2 * kStep, 2>},
              {micro<3 * kStep, 1>, micro<3 * kStep, 2>}},
-            {},
             load,
             store,
             load_lines,
-            round_lines,
+            lay_lines,
             turn,
             drop,
-            mask,
             finish,
             dots,
             dot,
-            axpy};
+            axpy,
+            {}};
   }
 };

@@ -222,7 +222,7 @@ void library() {
            : cpu::gemm<float>(with, theirs, a.matrix(), b.matrix(), e);
       const Dtype product = half ? Dtype::kBFloat16 : dtype;
       const bool expected = plan::library_gemm(product, cpu::isa<float>().processor, m, n, k) &&
-                            !(half && (e.residual || (dtype != product && cpu::isa<float>().pairs[0][0]))) &&
+                            !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
                             !(e.accumulate && (e.bias || e.residual));
       CHECK(with.calls == (expected ? 1 : 0), "types %d, options %d: %d calls", types, options, int(with.calls));
       CHECK(theirs.gaps_intact(), "options %d", options);
