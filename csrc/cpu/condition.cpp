@@ -1,6 +1,7 @@
 #include "cpu/condition.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
@@ -84,24 +85,28 @@ void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y) {
   }
 }
 
+// Rows of a dense matrix that the condition's mask leaves out, made zero.
+void clear_masked(const Problem& p, const Matrix& m) {
+  const int64_t bytes = m.cols * element_size(m.dtype);
+  for (int64_t row = 0; p.condition_mask != nullptr && row < m.rows; ++row) {
+    if (!p.condition_mask[row]) std::memset(m.at(row, 0), 0, static_cast<size_t>(bytes));
+  }
+}
+
 template <class Acc>
-void project_tokens(const Host& host, const Problem& p, const Matrix& t, Acc* v) {
-  const int64_t rows = p.conditions.rows;
+void project_tokens(const Host& host, const Problem& p, const Matrix& t, const Matrix& v) {
   if (p.source == Source::kInSequence) {
-    parallel(host, rows, double(rows * p.width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) load_row(t, row, 0, p.width, v + row * p.width);
+    parallel(host, v.rows, double(v.rows * p.width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) load_row(t, row, 0, p.width, static_cast<Acc*>(v.at(row, 0)));
     });
   } else {
     Epilogue with_bias;
     with_bias.bias = p.b_c;
     // Both as they are: a state is not rounded.
     with_bias.in_bfloat16 = p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16;
-    gemm<Acc>(host, acc(v, rows, p.width), Operand(p.y, p.drop_y, p.condition_mask), p.c.transposed(), with_bias);
+    gemm<Acc>(host, v, Operand(p.y, p.drop_y, p.condition_mask), p.c.transposed(), with_bias);
   }
-  if (p.condition_mask == nullptr) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!p.condition_mask[row]) std::fill_n(v + row * p.width, p.width, Acc{0});
-  }
+  clear_masked(p, v);
 }
 
 template <class Acc>
@@ -132,41 +137,43 @@ void encode_matrix(const Host& host, const Problem& p, const Acc* v, Acc* s) {
 }
 
 template <class Acc>
-void matrix_backward(const Host& host, const Problem& p, const Acc* v, const Acc* ds, Acc* dv) {
+void matrix_backward(const Host& host, const Problem& p, const Matrix& v, const Acc* ds, const Matrix& dv) {
   const int64_t w = p.group_width(), groups = p.groups;
   Array<Acc> factor(p.conditions.count);
   scale_factors(p, factor.get());
-  parallel(host, p.conditions.count * groups, 2.0 * double(p.conditions.rows * p.width * w),
-           [&](int64_t begin, int64_t end) {
-             thread_local Scratch<Acc> scratch;
-             for (int64_t item = begin; item < end; ++item) {
-               const int64_t c = item / groups, g = item % groups;
-               const int64_t first = p.conditions.begin(c), rows = p.conditions.end(c) - first;
-               const Matrix d = acc(ds + (c * groups + g) * w * w, w, w);
-               const Matrix vg = acc(v, p.conditions.rows, p.width).block(first, g * w, rows, w);
-               const Matrix target = acc(dv, p.conditions.rows, p.width).block(first, g * w, rows, w);
-               Epilogue scaled, added;
-               scaled.alpha = added.alpha = factor[c];
-               added.accumulate = true;
-               if (p.routing == Routing::kGram) {  // V (D + Dᵀ)
-                 gemm_serial<Acc>(target, vg, d, scaled);
-                 gemm_serial<Acc>(target, vg, d.transposed(), added);
-                 continue;
-               }
-               // relu(V) D + (V Dᵀ) ∘ [V > 0]
-               Acc* positive = scratch.get(rows * w);
-               gemm_serial<Acc>(target, vg, d.transposed(), scaled);
-               for (int64_t m = 0; m < rows; ++m) {
-                 const Acc* row = v + (first + m) * p.width + g * w;
-                 Acc* out = dv + (first + m) * p.width + g * w;
-                 for (int64_t j = 0; j < w; ++j) {
-                   positive[m * w + j] = std::max(row[j], Acc{0});
-                   if (!(row[j] > 0)) out[j] = 0;
-                 }
-               }
-               gemm_serial<Acc>(target, acc(positive, rows, w), d, added);
-             }
-           });
+  parallel(host, p.conditions.count * groups, double(p.conditions.rows * p.width * w), [&](int64_t begin, int64_t end) {
+    thread_local Scratch<Acc> sum_scratch, positive_scratch, dv_scratch;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t c = item / groups, g = item % groups;
+      const int64_t first = p.conditions.begin(c), rows = p.conditions.end(c) - first;
+      const Acc* d = ds + (c * groups + g) * w * w;
+      const Matrix vg = v.block(first, g * w, rows, w), target = dv.block(first, g * w, rows, w);
+      Epilogue scaled;
+      scaled.alpha = factor[c];
+      if (p.routing == Routing::kGram) {  // V (D + Dᵀ)
+        Acc* sum = sum_scratch.get(w * w);
+        for (int64_t i = 0; i < w; ++i) {
+          for (int64_t j = 0; j <= i; ++j) sum[i * w + j] = sum[j * w + i] = d[i * w + j] + d[j * w + i];
+        }
+        gemm_serial<Acc>(target, vg, acc(sum, w, w), scaled);
+        continue;
+      }
+      // relu(V) D + (V Dᵀ) ∘ [V > 0]
+      Acc* positive = positive_scratch.get(rows * w);
+      Acc* out = dv_scratch.get(rows * w);
+      gemm_serial<Acc>(acc(out, rows, w), vg, acc(d, w, w).transposed(), scaled);
+      for (int64_t m = 0; m < rows; ++m) {
+        Acc* line = positive + m * w;
+        load_row(vg, m, 0, w, line);
+        for (int64_t j = 0; j < w; ++j) {
+          if (!(line[j] > 0)) out[m * w + j] = 0;
+          line[j] = std::max(line[j], Acc{0});
+        }
+      }
+      scaled.residual = acc(out, rows, w);
+      gemm_serial<Acc>(target, acc(positive, rows, w), acc(d, w, w), scaled);
+    }
+  });
 }
 
 template <class Acc>
@@ -214,40 +221,34 @@ void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const A
 }
 
 template <class Acc>
-void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& dy, const Matrix& dc,
+void token_gradients(const Host& host, const Problem& p, const Matrix& dv, const Matrix& dy, const Matrix& dc,
                      const Matrix& db_c, bool add_dc) {
-  const int64_t rows = p.conditions.rows;
-  if (p.condition_mask != nullptr) {
-    for (int64_t row = 0; row < rows; ++row) {
-      if (!p.condition_mask[row]) std::fill_n(dv + row * p.width, p.width, Acc{0});
-    }
-  }
-  const Matrix dv_matrix = acc(dv, rows, p.width);
+  clear_masked(p, dv);
   if (dc) {
     Epilogue added;
     added.accumulate = add_dc;
     added.in_bfloat16 = dc.dtype == Dtype::kBFloat16;
-    gemm<Acc>(host, dc, dv_matrix.transposed(), Operand(p.y, p.drop_y, p.condition_mask), added);
+    gemm<Acc>(host, dc, dv.transposed(), Operand(p.y, p.drop_y, p.condition_mask), added);
   }
-  if (db_c) column_sums<Acc>(host, db_c, dv_matrix, add_dc);
+  if (db_c) column_sums<Acc>(host, db_c, dv, add_dc);
   if (dy) {
     Epilogue masked;
     masked.mask = p.drop_y;
     masked.in_bfloat16 = p.dtype == Dtype::kBFloat16;
-    gemm<Acc>(host, dy, dv_matrix, p.c, masked);
+    gemm<Acc>(host, dy, dv, p.c, masked);
   }
 }
 
-#define RP_INSTANTIATE(Acc)                                                                                          \
-  template void scale_factors<Acc>(const Problem&, Acc*);                                                            \
-  template void encode_vector<Acc>(const Host&, const Problem&, Acc*, Acc*);                                         \
-  template void project_tokens<Acc>(const Host&, const Problem&, const Matrix&, Acc*);                               \
-  template void encode_matrix<Acc>(const Host&, const Problem&, const Acc*, Acc*);                                   \
-  template void matrix_backward<Acc>(const Host&, const Problem&, const Acc*, const Acc*, Acc*);                     \
-  template void vector_gradients<Acc>(const Host&, const Problem&, const Acc*, const Acc*, const Matrix&, bool,      \
-                                      const Matrix&, const Matrix&, bool);                                           \
-  template void token_gradients<Acc>(const Host&, const Problem&, Acc*, const Matrix&, const Matrix&, const Matrix&, \
-                                     bool);
+#define RP_INSTANTIATE(Acc)                                                                                     \
+  template void scale_factors<Acc>(const Problem&, Acc*);                                                       \
+  template void encode_vector<Acc>(const Host&, const Problem&, Acc*, Acc*);                                    \
+  template void project_tokens<Acc>(const Host&, const Problem&, const Matrix&, const Matrix&);                 \
+  template void encode_matrix<Acc>(const Host&, const Problem&, const Acc*, Acc*);                              \
+  template void matrix_backward<Acc>(const Host&, const Problem&, const Matrix&, const Acc*, const Matrix&);    \
+  template void vector_gradients<Acc>(const Host&, const Problem&, const Acc*, const Acc*, const Matrix&, bool, \
+                                      const Matrix&, const Matrix&, bool);                                      \
+  template void token_gradients<Acc>(const Host&, const Problem&, const Matrix&, const Matrix&, const Matrix&,  \
+                                     const Matrix&, bool);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)
 

@@ -10,7 +10,8 @@ template <class Acc>
 struct State {
   StateKind kind = StateKind::kNone;
   const Acc* data = nullptr;    // v [conditions, R], S or K [conditions, R, w], or V [y_rows, R]
-  const Acc* factor = nullptr;  // [conditions], scale by tokens: only where gram routes work on V itself
+  Matrix tokens;                // V instead of data, where gram routes work on V itself
+  const Acc* factor = nullptr;  // and then [conditions], scale by tokens
 };
 
 // What pooling makes of the rows of one condition: `weight` times the sum of its valid rows, or of the first one only.
@@ -32,7 +33,7 @@ void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y);
 
 // V [y_rows, R], zero in masked rows; in-sequence from T [rows, R].
 template <class Acc>
-void project_tokens(const Host& host, const Problem& p, const Matrix& t, Acc* v);
+void project_tokens(const Host& host, const Problem& p, const Matrix& t, const Matrix& v);
 
 // S or K [conditions, R, w] from V [y_rows, R].
 template <class Acc>
@@ -40,16 +41,16 @@ void encode_matrix(const Host& host, const Problem& p, const Acc* v, Acc* s);
 
 // dV [y_rows, R] from the gradient of S or K.
 template <class Acc>
-void matrix_backward(const Host& host, const Problem& p, const Acc* v, const Acc* ds, Acc* dv);
+void matrix_backward(const Host& host, const Problem& p, const Matrix& v, const Acc* ds, const Matrix& dv);
 
 // Gradients of y, C and its bias from dv [conditions, R]; dy and, where C is shared, dc and db_c are added to.
 template <class Acc>
 void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const Acc* pooled_y, const Matrix& dy,
                       bool add_dy, const Matrix& dc, const Matrix& db_c, bool add_dc);
 
-// The same from dV [y_rows, R]; masked rows of dV count as zero.
+// The same from dV [y_rows, R], dense; masked rows of dV are made zero.
 template <class Acc>
-void token_gradients(const Host& host, const Problem& p, Acc* dv, const Matrix& dy, const Matrix& dc,
+void token_gradients(const Host& host, const Problem& p, const Matrix& dv, const Matrix& dy, const Matrix& dc,
                      const Matrix& db_c, bool add_dc);
 
 }  // namespace routed_peft::cpu

@@ -131,7 +131,9 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #undef RP_MULTIPLY_LOW
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(                                                                         \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -232,8 +234,7 @@ void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropo
     const uint64_t bits = kept(dropout, row, (column + done) / 64) >> first;
     for (int64_t i = 0; i < count; i += 32) {
       const __mmask32 lanes = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
-      const __m512i kept_numbers =
-          _mm512_maskz_loadu_epi16(lanes & static_cast<__mmask32>(bits >> i), run + done + i);
+      const __m512i kept_numbers = _mm512_maskz_loadu_epi16(lanes & static_cast<__mmask32>(bits >> i), run + done + i);
       _mm512_mask_storeu_epi16(run + done + i, lanes, kept_numbers);
     }
     done += count;

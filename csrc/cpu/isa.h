@@ -20,7 +20,7 @@ struct Isa {
   const char* name;
   plan::Processor processor;
   int64_t row_step, lanes;
-  Micro<Acc> micro[3][2];       // of row_step, twice and three times as many rows; by one and two vectors of `lanes`
+  Micro<Acc> micro[3][2];  // of row_step, twice and three times as many rows; by one and two vectors of `lanes`
   // Contiguous conversions; storing rounds to nearest even.
   void (*load)(const void* from, Dtype dtype, int64_t n, Acc* to);
   void (*store)(const Acc* from, int64_t n, Dtype dtype, void* to);

@@ -31,6 +31,11 @@ void positive_part(const Acc* from, int64_t n, Acc* to) {
 }
 
 template <class Acc>
+void clear(const Matrix& m) {
+  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(static_cast<Acc*>(m.at(i, 0)), m.cols, Acc{0});
+}
+
+template <class Acc>
 Acc total(const Acc* x, int64_t n) {
   Acc sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += x[i];
@@ -121,10 +126,42 @@ struct Work {
   double factor(const Segment& s) const { return state.factor != nullptr ? double(state.factor[s.condition]) : 1.0; }
 };
 
+// gram on V itself, for one segment and group, a chunk of V's rows at a time: P = f T Vᵀ and Z = P V. Products of
+// rank-wide factors are turned, so that the shorter one of the two is laid out. relu is on both factors of P.
 template <class Acc>
-bool gram_on_tokens(const Problem& p, const State<Acc>& state) {
-  return state.kind == StateKind::kTokens && (p.routing == Routing::kGram || p.routing == Routing::kGramRelu);
-}
+struct TokenChunk {
+  int64_t first, count;  // rows of the condition
+  Matrix v, first_v;     // V, and what P is made of: the same but for gram_relu
+
+  template <class Body>
+  static void each(const Work<Acc>& work, const Segment& s, int64_t group, const Body& body) {
+    thread_local Scratch<Acc> v_scratch, positive_scratch;
+    const Problem& p = work.p;
+    const int64_t w = work.w(), begin = p.conditions.begin(s.condition), end = p.conditions.end(s.condition);
+    for (int64_t m = begin; m < end; m += kTokenChunk) {
+      TokenChunk chunk{m - begin, std::min(kTokenChunk, end - m), {}, {}};
+      chunk.v = chunk.first_v = work.state.tokens.block(m, group * w, chunk.count, w);
+      if (p.routing == Routing::kGramRelu) {
+        Acc* v = v_scratch.get(chunk.count * w);
+        Acc* positive = positive_scratch.get(chunk.count * w);
+        for (int64_t i = 0; i < chunk.count; ++i) load_row(chunk.v, i, 0, w, v + i * w);
+        positive_part(v, chunk.count * w, positive);
+        chunk.v = acc(v, chunk.count, w, w), chunk.first_v = acc(positive, chunk.count, w, w);
+      }
+      body(chunk);
+    }
+  }
+};
+
+// A product [chunk, rows] that is a factor of further ones, in the dtype that those take.
+template <class Acc>
+struct TokenProduct {
+  Scratch<Acc> scratch;
+  Matrix get(const Work<Acc>& work, int64_t count, int64_t rows) {
+    const bool half = work.on_tokens(false).in_bfloat16;
+    return dense(scratch.get(kTokenChunk * rows), half ? Dtype::kBFloat16 : accumulated_dtype<Acc>(), count, rows);
+  }
+};
 
 // The rows of T as Acc, zero where cross_gram leaves an input token out.
 template <class Acc>
@@ -160,29 +197,23 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
       gemm_serial<Acc>(zg, left, acc(work.matrix(s, g), w, w, w));
       continue;
     }
-    if (gram_on_tokens(
-            p, work.state)) {  // (T Vᵀ) V a chunk of tokens at a time; relu on both factors of the first product
-      thread_local Scratch<Acc> product_scratch, t_scratch, v_scratch;
-      const int64_t m0 = p.conditions.begin(s.condition), tokens = p.conditions.end(s.condition) - m0;
-      Acc* product = product_scratch.get(rows * kTokenChunk);
-      for (int64_t n = 0; n < rows; ++n) std::fill_n(z + n * width + g * w, w, Acc{0});
-      for (int64_t m = 0; m < tokens; m += kTokenChunk) {
-        const int64_t count = std::min(kTokenChunk, tokens - m);
-        const Acc* v = work.state.data + (m0 + m) * width;
-        const Matrix vg = acc(v + g * w, count, w, width);
-        Matrix left = tg, right = vg;
-        if (p.routing == Routing::kGramRelu) {
-          Acc* positive_t = t_scratch.get(rows * width);
-          Acc* positive_v = v_scratch.get(count * width);
-          positive_part(t, rows * width, positive_t);
-          positive_part(v, count * width, positive_v);
-          left = acc(positive_t + g * w, rows, w, width);
-          right = acc(positive_v + g * w, count, w, width);
-        }
-        const Matrix turned = acc(product, count, rows, rows);  // V Tᵀ: the shorter of the two is laid out
-        gemm_serial<Acc>(turned, right, left.transposed(), work.on_tokens(false, work.factor(s)));
-        gemm_serial<Acc>(zg, turned.transposed(), vg, work.on_tokens(true));
+    if (work.state.tokens) {
+      thread_local Scratch<Acc> t_scratch;
+      thread_local TokenProduct<Acc> product;
+      Matrix left = tg;
+      if (p.routing == Routing::kGramRelu) {
+        Acc* positive = t_scratch.get(rows * width);
+        positive_part(t, rows * width, positive);
+        left = acc(positive + g * w, rows, w, width);
       }
+      bool first = true;
+      TokenChunk<Acc>::each(work, s, g, [&](const TokenChunk<Acc>& chunk) {
+        const Matrix turned = product.get(work, chunk.count, rows);
+        gemm_serial<Acc>(turned, chunk.first_v, left.transposed(), work.on_tokens(false, work.factor(s)));
+        gemm_serial<Acc>(zg, turned.transposed(), chunk.v, work.on_tokens(!first));
+        first = false;
+      });
+      if (first) clear<Acc>(zg);
       continue;
     }
     if (p.routing == Routing::kCrossGram && work.state.kind == StateKind::kTokens) {  // T (TᵀV)
@@ -222,10 +253,12 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
   }
 }
 
-// dt [n, R] and what this segment adds to dstate (the condition's own part of it), from t and g [n, R].
+// dt [n, R] and what this segment adds to dstate (the condition's own part of it), from t and g [n, R]; and z [n, R].
 template <class Acc>
-void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, const Acc* g_all, Acc* dt, Acc* dstate) {
+void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, const Acc* g_all, Acc* dt, Acc* dstate,
+                      Acc* z) {
   const Problem& p = work.p;
+  if (z && !work.state.tokens) route_segment(work, s, t, z);
   const int64_t rows = s.end - s.begin, width = p.width, w = work.w();
   if (p.routing == Routing::kNone) {
     std::copy_n(g_all, rows * width, dt);
@@ -255,42 +288,38 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
       if (dstate) gemm_serial<Acc>(acc(dstate + g * w * w, w, w, w), positive_g.transposed(), gg, adding(true));
       continue;
     }
-    if (gram_on_tokens(p, work.state)) {  // P = f T Vᵀ, dP = f G Vᵀ: dT = dP V, dV = dPᵀ T + Pᵀ G
-      thread_local Scratch<Acc> p_scratch, dp_scratch, v_scratch, dv_scratch;
-      const int64_t m0 = p.conditions.begin(s.condition), tokens = p.conditions.end(s.condition) - m0;
-      Acc* product = p_scratch.get(rows * kTokenChunk);
-      Acc* dproduct = dp_scratch.get(rows * kTokenChunk);
-      for (int64_t n = 0; n < rows; ++n) std::fill_n(dt + n * width + g * w, w, Acc{0});
-      for (int64_t m = 0; m < tokens; m += kTokenChunk) {
-        const int64_t count = std::min(kTokenChunk, tokens - m);
-        const Acc* v = work.state.data + (m0 + m) * width;
-        const Matrix vg = acc(v + g * w, count, w, width);
-        Matrix first_v = vg;
-        if (relu) {
-          Acc* positive_v = v_scratch.get(count * width);
-          positive_part(v, count * width, positive_v);
-          first_v = acc(positive_v + g * w, count, w, width);
+    if (work.state.tokens) {  // P = f T Vᵀ, dP = f G Vᵀ: dT = dP V, dV = dPᵀ T + Pᵀ G
+      thread_local Scratch<Acc> through_scratch;
+      thread_local TokenProduct<Acc> p_space, dp_space;
+      const Matrix zg = acc(z + (z ? g * w : 0), z ? rows : 0, w, width);
+      bool first = true;
+      TokenChunk<Acc>::each(work, s, g, [&](const TokenChunk<Acc>& chunk) {
+        const Matrix product = p_space.get(work, chunk.count, rows), dproduct = dp_space.get(work, chunk.count, rows);
+        gemm_serial<Acc>(dproduct, chunk.v, gg.transposed(), work.on_tokens(false, work.factor(s)));
+        gemm_serial<Acc>(dtg, dproduct.transposed(), chunk.first_v, work.on_tokens(!first));
+        if (dstate || z) {
+          gemm_serial<Acc>(product, chunk.first_v, positive_g.transposed(), work.on_tokens(false, work.factor(s)));
         }
-        const Matrix pm = acc(product, count, rows, rows), dpm = acc(dproduct, count, rows, rows);  // turned
-        gemm_serial<Acc>(dpm, vg, gg.transposed(), work.on_tokens(false, work.factor(s)));
-        gemm_serial<Acc>(dtg, dpm.transposed(), first_v, work.on_tokens(true));
-        if (!dstate) continue;
-        gemm_serial<Acc>(pm, first_v, positive_g.transposed(), work.on_tokens(false, work.factor(s)));
-        Acc* dv = dstate + m * width;
-        const Matrix dvg = acc(dv + g * w, count, w, width);
-        gemm_serial<Acc>(dvg, pm, gg, work.on_tokens(true));
-        if (!relu) {
-          gemm_serial<Acc>(dvg, dpm, positive_g, work.on_tokens(true));
-          continue;
-        }
-        Acc* through = dv_scratch.get(count * w);
-        gemm_serial<Acc>(acc(through, count, w, w), dpm, positive_g, work.on_tokens(false));
-        for (int64_t i = 0; i < count; ++i) {
+        if (z) gemm_serial<Acc>(zg, product.transposed(), chunk.v, work.on_tokens(!first));
+        first = false;
+        if (!dstate) return;
+        const Matrix dv = acc(dstate + chunk.first * width + g * w, chunk.count, w, width);
+        Epilogue added = work.on_tokens(true);
+        const Factors other{dproduct, positive_g};
+        if (!relu) added.plus = &other;
+        gemm_serial<Acc>(dv, product, gg, added);
+        if (!relu) return;
+        Acc* through = through_scratch.get(chunk.count * w);
+        gemm_serial<Acc>(acc(through, chunk.count, w, w), dproduct, positive_g, work.on_tokens(false));
+        for (int64_t i = 0; i < chunk.count; ++i) {
+          const Acc* v = static_cast<const Acc*>(chunk.v.at(i, 0));
+          Acc* to = static_cast<Acc*>(dv.at(i, 0));
           for (int64_t j = 0; j < w; ++j) {
-            if (v[i * width + g * w + j] > 0) dv[i * width + g * w + j] += through[i * w + j];
+            if (v[j] > 0) to[j] += through[i * w + j];
           }
         }
-      }
+      });
+      if (first) clear<Acc>(dtg), clear<Acc>(zg);
       if (relu) only_where_positive(g);
       continue;
     }
@@ -460,7 +489,7 @@ void route_forward(const Host& host, const Problem& p, const State<Acc>& state, 
 
 template <class Acc>
 void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                    const Acc* g, Acc* dt, Acc* dstate) {
+                    const Acc* g, Acc* dt, Acc* dstate, Acc* z) {
   const SampleSums<Acc> sums = sum_samples(host, p, state, t, cuts, g);
   const Work<Acc> work{p, state, t, sums};
   const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1;
@@ -478,7 +507,7 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
       Acc* tile = scratch.get(count);
       read_rows(work, s, false, tile);
       backward_segment(work, s, tile, g + s.begin * p.width, dt ? dt + s.begin * p.width : dt_scratch.get(count),
-                       target);
+                       target, z ? z + s.begin * p.width : nullptr);
     }
   };
   if (dstate == nullptr) {
@@ -512,7 +541,7 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
   template void route_forward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&,  \
                                    Acc*, Acc*);                                                                     \
   template void route_backward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&, \
-                                    const Acc*, Acc*, Acc*);
+                                    const Acc*, Acc*, Acc*, Acc*);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)
 

@@ -11,10 +11,10 @@ template <class Acc>
 void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
                    Acc* z, Acc* g);
 
-// dt [rows, R] and the gradient of the state (its layout; V's for a state of tokens) from g, the gradient of ρ.
-// Either may be nullptr.
+// dt [rows, R] and the gradient of the state (its layout; V's for a state of tokens) from g, the gradient of ρ, and
+// z = ρ again. Each of the three may be nullptr.
 template <class Acc>
 void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                    const Acc* g, Acc* dt, Acc* dstate);
+                    const Acc* g, Acc* dt, Acc* dstate, Acc* z);
 
 }  // namespace routed_peft::cpu

@@ -64,24 +64,36 @@ std::vector<std::pair<int64_t, int64_t>> untouched_columns(const Problem& p) {
   return left;
 }
 
+// Whether what is made of V may be rounded to bfloat16: where its factors were of it. A state is not.
+bool half_tokens(const Problem& p) { return p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16; }
+
 // The condition of a call, with the storage behind it.
 template <class Acc>
 struct Condition {
   State<Acc> state;
   Array<Acc> data, v, factor, pooled_y;
+  Array<char> half;
 
   // gram and gram_relu on V itself instead of on S
-  void use_tokens(const Problem& p) {
+  void use_tokens(const Problem& p, const Matrix& tokens) {
     factor = Array<Acc>(p.conditions.count);
     scale_factors(p, factor.get());
-    state = {StateKind::kTokens, v.get(), factor.get()};
+    state = {StateKind::kTokens, nullptr, tokens, factor.get()};
   }
   void use_matrix(const Host& host, const Problem& p) {
     data = Array<Acc>(p.conditions.count * p.state_size());
     encode_matrix(host, p, v.get(), data.get());
-    state = {StateKind::kMatrix, data.get(), nullptr};
+    state = {StateKind::kMatrix, data.get(), {}, nullptr};
   }
 };
+
+// dV [y_rows, R]: in bfloat16 where all that is made of it are products of bfloat16, unless it is wanted `exact`.
+template <class Acc>
+Matrix token_gradient_space(const Problem& p, Array<char>& storage, bool exact) {
+  const Dtype dtype = half_tokens(p) && !exact ? Dtype::kBFloat16 : accumulated_dtype<Acc>();
+  storage = Array<char>(p.conditions.rows * p.width * element_size(dtype));
+  return dense(storage.get(), dtype, p.conditions.rows, p.width);
+}
 
 template <class Acc>
 void store_all(const Host& host, const Acc* from, const Matrix& to) {
@@ -105,16 +117,26 @@ void encode_forward(const Host& host, const Problem& p, const Matrix& t, bool wa
     c.data = Array<Acc>(p.conditions.count * p.width);
     if (!kept) c.pooled_y = Array<Acc>(p.conditions.count * p.y.cols);
     encode_vector(host, p, c.data.get(), kept ? static_cast<Acc*>(kept.data) : c.pooled_y.get());
-    c.state = {StateKind::kVector, c.data.get(), nullptr};
+    c.state = {StateKind::kVector, c.data.get(), {}, nullptr};
     return;
   }
-  c.v = Array<Acc>(p.conditions.rows * p.width);
-  project_tokens(host, p, t, c.v.get());
+  const bool through_v = p.kind == StateKind::kMatrix && !want_state && plan::gram_order(p) == plan::GramOrder::kTokens;
+  const int64_t tokens = p.conditions.rows;
+  if (through_v && half_tokens(p)) {
+    if (!kept) c.half = Array<char>(tokens * p.width * element_size(p.dtype));
+    const Matrix v = kept ? kept : dense(c.half.get(), p.dtype, tokens, p.width);
+    project_tokens<Acc>(host, p, t, v);
+    c.use_tokens(p, v);
+    return;
+  }
+  c.v = Array<Acc>(tokens * p.width);
+  const Matrix v = acc(c.v, tokens, p.width);
+  project_tokens<Acc>(host, p, t, v);
   if (kept) store_all(host, c.v.get(), kept);
   if (p.kind == StateKind::kTokens) {
-    c.state = {StateKind::kTokens, c.v.get(), nullptr};
-  } else if (!want_state && plan::gram_order(p) == plan::GramOrder::kTokens) {
-    c.use_tokens(p);
+    c.state = {StateKind::kTokens, c.v.get(), {}, nullptr};
+  } else if (through_v) {
+    c.use_tokens(p, v);
   } else {
     c.use_matrix(host, p);
   }
@@ -126,7 +148,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
   Condition<Acc> condition;
   const bool encodes = p.source == Source::kTokens || p.source == Source::kInSequence;
   if (p.source == Source::kState) {
-    condition.state = {p.kind, static_cast<const Acc*>(p.state), nullptr};
+    condition.state = {p.kind, static_cast<const Acc*>(p.state), {}, nullptr};
   }
   const auto encode_now = [&](const Matrix& t) {
     if (!encodes) return;
@@ -201,21 +223,24 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
 
   Condition<Acc> condition;
   if (p.state != nullptr) {
-    condition.state = {p.kind, static_cast<const Acc*>(p.state), nullptr};
+    condition.state = {p.kind, static_cast<const Acc*>(p.state), {}, nullptr};
   }
   const bool through_v = encodes && p.kind == StateKind::kMatrix && p.state == nullptr;  // gram by tokens
-  if (through_v || (want_dstate && encodes && p.kind == StateKind::kMatrix)) {
+  Matrix v = io.kept;
+  const bool of_t = in_sequence && want_dstate && p.kind == StateKind::kMatrix;
+  if (of_t || (through_v && v.dtype == Dtype::kFloat16)) {  // slow to read, and read several times
     condition.v = Array<Acc>(p.conditions.rows * p.width);
-    if (in_sequence) {
-      project_tokens(host, p, io.t, condition.v.get());
+    v = acc(condition.v, p.conditions.rows, p.width);
+    if (of_t) {
+      project_tokens<Acc>(host, p, io.t, v);
     } else {
       load_all(host, io.kept, condition.v.get());
     }
   }
-  if (through_v) condition.use_tokens(p);
+  if (through_v) condition.use_tokens(p, v);
   const bool by_token = condition.state.kind == StateKind::kTokens;
   const int64_t state_numbers = by_token ? p.conditions.rows * p.width : p.conditions.count * p.state_size();
-  Array<Acc> dstate(want_dstate ? state_numbers : 0), dt, dv;
+  Array<Acc> dstate(want_dstate ? state_numbers : 0), dt;
   const Segments cuts = cut(p);
 
   if (plan::rank_one(p)) {
@@ -234,34 +259,37 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
                   scaled);
       }
     }
-    if (io.db || p.activation != Activation::kNone) {  // Z again: for dB, and for the slope of the activation
-      Array<Acc> z(rows * p.width);
-      route_forward<Acc>(host, p, condition.state, io.t, cuts, z.get(), g.get());
+    // Z again: for dB, and for the slope of the activation, without which it is made on the way back
+    const bool sloped = p.activation != Activation::kNone, back = want_dt || want_dstate;
+    Array<Acc> z(io.db || sloped ? rows * p.width : 0);
+    if (sloped || (io.db && !back)) route_forward<Acc>(host, p, condition.state, io.t, cuts, z.get(), g.get());
+    if (back) {
+      if (want_dt) dt = Array<Acc>(rows * p.width);
+      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(), want_dstate ? dstate.get() : nullptr,
+                          io.db && !sloped ? z.get() : nullptr);
+    }
+    if (io.db) {
       const Matrix z_matrix = acc(z, rows, p.width);
       Epilogue scaled = product(p);
       scaled.alpha = p.scaling;
-      for (int64_t i = 0; io.db && i < p.slice_count; ++i) {
+      for (int64_t i = 0; i < p.slice_count; ++i) {
         const Slice& slice = p.slices[i];
         gemm<Acc>(host, io.db.block(slice.row, 0, slice.length, p.rank()),
                   io.dout.block(0, slice.start, rows, slice.length).transposed(),
                   z_matrix.block(0, i * p.rank(), rows, p.rank()), scaled);
       }
     }
-    if (want_dt || want_dstate) {
-      if (want_dt) dt = Array<Acc>(rows * p.width);
-      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(),
-                          want_dstate ? dstate.get() : nullptr);
-    }
   }
 
-  Acc* dv_tokens = by_token ? dstate.get() : nullptr;
+  Array<char> dv_storage;
+  Matrix dv = by_token && want_dstate ? acc(dstate, p.conditions.rows, p.width) : Matrix{};
   if (want_dstate && condition.state.kind == StateKind::kMatrix && encodes) {
-    dv = Array<Acc>(p.conditions.rows * p.width);
-    matrix_backward(host, p, condition.v.get(), dstate.get(), dv.get());
-    dv_tokens = dv.get();
+    dv = token_gradient_space<Acc>(p, dv_storage, in_sequence || bool(db_c));
+    matrix_backward(host, p, v, dstate.get(), dv);
   }
   const bool rank_one = plan::rank_one(p), together = !rank_one && io.dx && p.weight && !library_base(p);
-  if (in_sequence && dv_tokens != nullptr && dt.get() != nullptr && !rank_one) {
+  if (in_sequence && dv && dt.get() != nullptr && !rank_one) {
+    const Acc* dv_tokens = static_cast<const Acc*>(dv.data);
     for (int64_t row = 0; row < rows; ++row) {  // V is rows of T
       if (!p.condition_mask[row]) continue;
       for (int64_t j = 0; j < p.width; ++j) dt[row * p.width + j] += dv_tokens[row * p.width + j];
@@ -287,7 +315,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
       vector_gradients<Acc>(host, p, dstate.get(), static_cast<const Acc*>(io.kept.data), dy, in_sequence, dc, db_c,
                             p.shared);
     } else if (!in_sequence) {
-      token_gradients<Acc>(host, p, dv_tokens, io.dy, dc, db_c, p.shared);
+      token_gradients<Acc>(host, p, dv, io.dy, dc, db_c, p.shared);
     }
   } else if (io.dstate != nullptr) {
     std::copy_n(dstate.get(), state_numbers, static_cast<Acc*>(io.dstate));
@@ -314,15 +342,14 @@ void encode_backward_as(const Host& host, const Problem& p, const void* dstate, 
     vector_gradients<Acc>(host, p, gradient, static_cast<const Acc*>(kept.data), dy, false, dc, db_c, false);
     return;
   }
-  Array<Acc> dv(p.conditions.rows * p.width);
+  Array<char> storage;
+  const Matrix dv = token_gradient_space<Acc>(p, storage, bool(db_c) || p.kind != StateKind::kMatrix);
   if (p.kind == StateKind::kMatrix) {
-    Array<Acc> v(p.conditions.rows * p.width);
-    load_all(host, kept, v.get());
-    matrix_backward(host, p, v.get(), gradient, dv.get());
+    matrix_backward(host, p, kept, gradient, dv);
   } else {
-    std::copy_n(gradient, p.conditions.rows * p.width, dv.get());
+    std::copy_n(gradient, p.conditions.rows * p.width, static_cast<Acc*>(dv.data));
   }
-  token_gradients<Acc>(host, p, dv.get(), dy, dc, db_c, false);
+  token_gradients<Acc>(host, p, dv, dy, dc, db_c, false);
 }
 
 }  // namespace
