@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
@@ -30,9 +31,8 @@ void positive_part(const Acc* from, int64_t n, Acc* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = std::max(from[i], Acc{0});
 }
 
-template <class Acc>
 void clear(const Matrix& m) {
-  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(static_cast<Acc*>(m.at(i, 0)), m.cols, Acc{0});
+  for (int64_t i = 0; i < m.rows; ++i) std::memset(m.at(i, 0), 0, static_cast<size_t>(m.cols * element_size(m.dtype)));
 }
 
 template <class Acc>
@@ -213,7 +213,7 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
         gemm_serial<Acc>(zg, turned.transposed(), chunk.v, work.on_tokens(!first));
         first = false;
       });
-      if (first) clear<Acc>(zg);
+      if (first) clear(zg);
       continue;
     }
     if (p.routing == Routing::kCrossGram && work.state.kind == StateKind::kTokens) {  // T (TᵀV)
@@ -253,11 +253,13 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
   }
 }
 
-// dt [n, R] and what this segment adds to dstate (the condition's own part of it), from t and g [n, R]; and z [n, R].
+// dt [n, R] and what this segment adds to the condition's part of the gradient of the state, from t and g [n, R]; and
+// z [n, R]. `fresh`: nothing was added to it yet, which gram on V need not find zero then.
 template <class Acc>
-void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, const Acc* g_all, Acc* dt, Acc* dstate,
-                      Acc* z) {
+void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, const Acc* g_all, Acc* dt,
+                      const Matrix& state_gradient, bool fresh, Acc* z) {
   const Problem& p = work.p;
+  Acc* dstate = static_cast<Acc*>(state_gradient.data);
   if (z && !work.state.tokens) route_segment(work, s, t, z);
   const int64_t rows = s.end - s.begin, width = p.width, w = work.w();
   if (p.routing == Routing::kNone) {
@@ -303,8 +305,8 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
         if (z) gemm_serial<Acc>(zg, product.transposed(), chunk.v, work.on_tokens(!first));
         first = false;
         if (!dstate) return;
-        const Matrix dv = acc(dstate + chunk.first * width + g * w, chunk.count, w, width);
-        Epilogue added = work.on_tokens(true);
+        const Matrix dv = state_gradient.block(chunk.first, g * w, chunk.count, w);
+        Epilogue added = work.on_tokens(!fresh);
         const Factors other{dproduct, positive_g};
         if (!relu) added.plus = &other;
         gemm_serial<Acc>(dv, product, gg, added);
@@ -319,7 +321,7 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
           }
         }
       });
-      if (first) clear<Acc>(dtg), clear<Acc>(zg);
+      if (first) clear(dtg), clear(zg);
       if (relu) only_where_positive(g);
       continue;
     }
@@ -489,17 +491,17 @@ void route_forward(const Host& host, const Problem& p, const State<Acc>& state, 
 
 template <class Acc>
 void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                    const Acc* g, Acc* dt, Acc* dstate, Acc* z) {
+                    const Acc* g, Acc* dt, const Matrix& dstate, Acc* z) {
   const SampleSums<Acc> sums = sum_samples(host, p, state, t, cuts, g);
   const Work<Acc> work{p, state, t, sums};
   const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1;
-  const bool tokens = state.kind == StateKind::kTokens, reduces = dstate != nullptr && !tokens;
+  const bool tokens = state.kind == StateKind::kTokens, reduces = dstate && !tokens;
   const int64_t size = p.state_size();
+  Acc* const reduced = static_cast<Acc*>(dstate.data);
   // Without a reduction the segments are independent, but for a token of V that several samples share.
   const int64_t splits = reduces ? plan::splits(conditions, static_cast<int64_t>(cuts.list.size())) : 1;
   Array<Acc> partial(reduces && splits > 1 ? conditions * splits * size : 0);
-  if (dstate && tokens) std::fill_n(dstate, p.conditions.rows * p.width, Acc{0});
-  const auto run = [&](int64_t first, int64_t last, Acc* target) {
+  const auto run = [&](int64_t first, int64_t last, const Matrix& target) {
     thread_local Scratch<Acc> scratch, dt_scratch;
     for (int64_t i = first; i < last; ++i) {
       const Segment& s = cuts.list[static_cast<size_t>(i)];
@@ -507,31 +509,36 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
       Acc* tile = scratch.get(count);
       read_rows(work, s, false, tile);
       backward_segment(work, s, tile, g + s.begin * p.width, dt ? dt + s.begin * p.width : dt_scratch.get(count),
-                       target, z ? z + s.begin * p.width : nullptr);
+                       target, i == first, z ? z + s.begin * p.width : nullptr);
     }
   };
-  if (dstate == nullptr) {
+  if (!dstate) {
     parallel(host, static_cast<int64_t>(cuts.list.size()), 2 * route_work(p, state.kind),
-             [&](int64_t begin, int64_t end) { run(begin, end, nullptr); });
+             [&](int64_t begin, int64_t end) { run(begin, end, {}); });
     return;
   }
   parallel(host, conditions * splits, 2 * route_work(p, state.kind), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t c = item / splits;
-      Acc* target = tokens       ? dstate + p.conditions.begin(c) * p.width
-                    : splits > 1 ? partial.get() + item * size
-                                 : dstate + c * size;
-      if (!tokens) std::fill_n(target, size, Acc{0});
       const auto [first, last] = part(cuts, c, item % splits, splits);
-      run(first, last, target);
+      if (tokens) {
+        const int64_t row = p.conditions.begin(c), rows = p.conditions.end(c) - row;
+        const Matrix target = dstate.block(row, 0, rows, p.width);
+        if (!state.tokens || first == last) clear(target);
+        run(first, last, target);
+        continue;
+      }
+      Acc* target = splits > 1 ? partial.get() + item * size : reduced + c * size;
+      std::fill_n(target, size, Acc{0});
+      run(first, last, acc(target, 1, size, size));
     }
   });
   if (splits == 1) return;
   parallel(host, conditions, double(conditions * splits * size), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      std::copy_n(partial.get() + c * splits * size, size, dstate + c * size);
+      std::copy_n(partial.get() + c * splits * size, size, reduced + c * size);
       for (int64_t split = 1; split < splits; ++split) {
-        isa<Acc>().axpy(size, 1, partial.get() + (c * splits + split) * size, dstate + c * size);
+        isa<Acc>().axpy(size, 1, partial.get() + (c * splits + split) * size, reduced + c * size);
       }
     }
   });
@@ -541,7 +548,7 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
   template void route_forward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&,  \
                                    Acc*, Acc*);                                                                     \
   template void route_backward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&, \
-                                    const Acc*, Acc*, Acc*, Acc*);
+                                    const Acc*, Acc*, const Matrix&, Acc*);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)
 

@@ -12,9 +12,10 @@ void route_forward(const Host& host, const Problem& p, const State<Acc>& state, 
                    Acc* z, Acc* g);
 
 // dt [rows, R] and the gradient of the state (its layout; V's for a state of tokens) from g, the gradient of ρ, and
-// z = ρ again. Each of the three may be nullptr.
+// z = ρ again. Each of the three may be absent. dstate is of Acc; for gram on V, it may be bfloat16 where every
+// condition has one segment at most.
 template <class Acc>
 void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                    const Acc* g, Acc* dt, Acc* dstate, Acc* z);
+                    const Acc* g, Acc* dt, const Matrix& dstate, Acc* z);
 
 }  // namespace routed_peft::cpu

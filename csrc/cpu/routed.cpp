@@ -239,12 +239,21 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   }
   if (through_v) condition.use_tokens(p, v);
   const bool by_token = condition.state.kind == StateKind::kTokens;
-  const int64_t state_numbers = by_token ? p.conditions.rows * p.width : p.conditions.count * p.state_size();
-  Array<Acc> dstate(want_dstate ? state_numbers : 0), dt;
   const Segments cuts = cut(p);
+  Array<char> dstate_storage, dv_storage;
+  Matrix dstate;
+  if (want_dstate && by_token) {
+    const bool once = through_v && p.routing == Routing::kGram && cuts.once();
+    dstate = token_gradient_space<Acc>(p, dstate_storage, !once || bool(db_c));
+  } else if (want_dstate) {
+    dstate_storage = Array<char>(p.conditions.count * p.state_size() * int64_t{sizeof(Acc)});
+    dstate = dense(dstate_storage.get(), accumulated_dtype<Acc>(), p.conditions.count, p.state_size());
+  }
+  Acc* const dstate_numbers = static_cast<Acc*>(dstate.data);
+  Array<Acc> dt;
 
   if (plan::rank_one(p)) {
-    rank_one_backward<Acc>(host, p, condition.state.data, cuts, io, want_dstate ? dstate.get() : nullptr);
+    rank_one_backward<Acc>(host, p, condition.state.data, cuts, io, dstate_numbers);
   } else {
     Array<Acc> g;
     if (want_dt || want_dstate) {
@@ -265,7 +274,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     if (sloped || (io.db && !back)) route_forward<Acc>(host, p, condition.state, io.t, cuts, z.get(), g.get());
     if (back) {
       if (want_dt) dt = Array<Acc>(rows * p.width);
-      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(), want_dstate ? dstate.get() : nullptr,
+      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(), dstate,
                           io.db && !sloped ? z.get() : nullptr);
     }
     if (io.db) {
@@ -281,11 +290,10 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     }
   }
 
-  Array<char> dv_storage;
-  Matrix dv = by_token && want_dstate ? acc(dstate, p.conditions.rows, p.width) : Matrix{};
+  Matrix dv = by_token ? dstate : Matrix{};
   if (want_dstate && condition.state.kind == StateKind::kMatrix && encodes) {
     dv = token_gradient_space<Acc>(p, dv_storage, in_sequence || bool(db_c));
-    matrix_backward(host, p, v, dstate.get(), dv);
+    matrix_backward(host, p, v, dstate_numbers, dv);
   }
   const bool rank_one = plan::rank_one(p), together = !rank_one && io.dx && p.weight && !library_base(p);
   if (in_sequence && dv && dt.get() != nullptr && !rank_one) {
@@ -312,13 +320,13 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   if (want_dstate && encodes) {
     if (p.kind == StateKind::kVector) {
       const Matrix& dy = in_sequence ? io.dx : io.dy;
-      vector_gradients<Acc>(host, p, dstate.get(), static_cast<const Acc*>(io.kept.data), dy, in_sequence, dc, db_c,
+      vector_gradients<Acc>(host, p, dstate_numbers, static_cast<const Acc*>(io.kept.data), dy, in_sequence, dc, db_c,
                             p.shared);
     } else if (!in_sequence) {
       token_gradients<Acc>(host, p, dv, io.dy, dc, db_c, p.shared);
     }
   } else if (io.dstate != nullptr) {
-    std::copy_n(dstate.get(), state_numbers, static_cast<Acc*>(io.dstate));
+    std::copy_n(dstate_numbers, dstate.rows * dstate.cols, static_cast<Acc*>(io.dstate));
   }
 
   if (io.dx && p.weight && !together) base_gemm(host, p, io.dx, io.dout, p.weight, true);

@@ -18,6 +18,13 @@ struct Segments {
   std::vector<int64_t> of_condition;   // [conditions + 1], where each condition's segments start
   std::vector<int64_t> of_sample;      // [samples], where each sample's segments start
   std::vector<int64_t> sample_counts;  // [samples], how many it has
+
+  bool once() const {  // no condition has more than one
+    for (size_t c = 1; c < of_condition.size(); ++c) {
+      if (of_condition[c] - of_condition[c - 1] > 1) return false;
+    }
+    return true;
+  }
 };
 
 // Segments of at most `rows` rows; conditions without a sample have none.
