@@ -348,13 +348,13 @@ bool readable_lines(const Operand& b) {
   return plain(b) && b.matrix.row_stride == 1 && (b.matrix.dtype == accumulated_dtype<Acc>() || half);
 }
 
-// All of a, a few rows, as Acc [rows, k]; rows up to `padded` are zero.
-template <class Acc>
-void read_few(const Operand& a, int64_t padded, Acc* rows) {
+// All of a, a few rows, as [rows, k]; rows up to `padded` are zero.
+template <class Acc, class Number>
+void read_few(const Operand& a, int64_t padded, Number* rows) {
   const int64_t m = a.matrix.rows, k = a.matrix.cols;
   if (lines_are_columns(a)) {
-    thread_local Scratch<Acc> turned_scratch;
-    Acc* turned = turned_scratch.get(m * k);
+    thread_local Scratch<Number> turned_scratch;
+    Number* turned = turned_scratch.get(m * k);
     read_lines<Acc>(a, true, 0, k, 0, m, turned, m);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < k; ++j) rows[i * k + j] = turned[j * m + i];
@@ -362,39 +362,39 @@ void read_few(const Operand& a, int64_t padded, Acc* rows) {
   } else {
     read_lines<Acc>(a, false, 0, m, 0, k, rows, k);
   }
-  std::fill_n(rows + m * k, (padded - m) * k, Acc{0});
+  std::fill_n(rows + m * k, (padded - m) * k, Number{0});
 }
 
-// A few rows times a b whose lines run along k: each number of out is a product of two lines.
-template <class Acc>
-bool few_rows(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
-  const Factors& largest = e.plus ? *e.plus : factors;
-  const bool planned = plan::by_lines(out.rows, out.cols * largest.b.matrix.rows);
-  if (out.rows > plan::kFewRows || !plan::chosen(plan::forced.by_lines, planned) || !readable_lines<Acc>(factors.b) ||
-      !readable_lines<Acc>(largest.b)) {
-    return false;
-  }
+// A few rows times a b whose lines run along k: each number of out is a product of two lines. As pairs of bfloat16
+// where Number is uint16_t, which all of b then is.
+template <class Acc, class Number>
+void few_rows(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
   constexpr int64_t kColumns = 32;
   const int64_t m = out.rows, n = out.cols, padded = m <= 2 ? m : up(m, 4), each = std::min<int64_t>(padded, 4);
-  thread_local Scratch<Acc> first_scratch, second_scratch;
-  Acc* rows[2] = {first_scratch.get(padded * factors.a.matrix.cols), nullptr};
-  read_few(factors.a, padded, rows[0]);
+  thread_local Scratch<Number> first_scratch, second_scratch;
+  Number* rows[2] = {first_scratch.get(padded * factors.a.matrix.cols), nullptr};
+  read_few<Acc>(factors.a, padded, rows[0]);
   if (e.plus) {
     rows[1] = second_scratch.get(padded * e.plus->a.matrix.cols);
-    read_few(e.plus->a, padded, rows[1]);
+    read_few<Acc>(e.plus->a, padded, rows[1]);
   }
   Epilogue last = e;
   if (e.plus) last.alpha = 1, last.mask = {};
   const auto run = [&](int64_t begin, int64_t end) {
     Acc sums[plan::kFewRows * kColumns], more[plan::kFewRows * kColumns];
-    const auto multiply = [&](const Factors& f, const Acc* a, int64_t j0, int64_t cols, Acc* to) {
+    const auto multiply = [&](const Factors& f, const Number* a, int64_t j0, int64_t cols, Acc* to) {
       const Matrix lines = f.b.matrix.transposed();
       const int64_t k = lines.cols;
       for (int64_t j = 0; j < cols; j += 4) {
         const void* four[4];
         for (int64_t i = 0; i < 4; ++i) four[i] = lines.at(std::min(j0 + j + i, n - 1), 0);
         for (int64_t i = 0; i < padded; i += each) {
-          isa<Acc>().dots(each, a + i * k, k, four, lines.dtype, k, to + i * kColumns + j, kColumns);
+          Acc* at = to + i * kColumns + j;
+          if constexpr (std::is_same_v<Number, Acc>) {
+            isa<Acc>().dots(each, a + i * k, k, four, lines.dtype, k, at, kColumns);
+          } else {
+            isa<Acc>().half.dots(each, a + i * k, k, four, k, at, kColumns);
+          }
         }
       }
     };
@@ -413,24 +413,30 @@ bool few_rows(const Host* host, const Matrix& out, const Factors& factors, const
   if (host == nullptr) {
     run(0, pieces);
   } else {
-    parallel(*host, pieces, double(m) * double(n) * double(largest.a.matrix.cols), run);
+    parallel(*host, pieces, double(m) * double(n) * double(e.plus ? e.plus->a.matrix.cols : factors.a.matrix.cols),
+             run);
   }
-  return true;
 }
 
 template <class Acc>
 void product(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
-  if (few_rows<Acc>(host, out, factors, e)) return;
+  const Factors& largest = e.plus ? *e.plus : factors;
+  const bool planned = plan::by_lines(out.rows, out.cols * largest.b.matrix.rows);
+  const bool by_lines = out.rows <= plan::kFewRows && plan::chosen(plan::forced.by_lines, planned) &&
+                        readable_lines<Acc>(factors.b) && readable_lines<Acc>(largest.b);
   if constexpr (std::is_same_v<Acc, float>) {
     if (e.in_bfloat16 && isa<float>().half.micro[0][0] != nullptr) {
       Epilogue scaled = e;  // dropout's factors here, where they are not rounded
       for (const Operand* o : {&factors.a, &factors.b}) {
         if (o->dropout.threshold != 0) scaled.alpha *= o->dropout.scale();
       }
-      return blocked<Acc, Pairs>(host, out, factors, scaled);
+      if (!by_lines) return blocked<Acc, Pairs>(host, out, factors, scaled);
+      if (factors.b.matrix.dtype == Dtype::kBFloat16 && largest.b.matrix.dtype == Dtype::kBFloat16) {
+        return few_rows<Acc, uint16_t>(host, out, factors, scaled);
+      }
     }
   }
-  blocked<Acc, Plain<Acc>>(host, out, factors, e);
+  by_lines ? few_rows<Acc, Acc>(host, out, factors, e) : blocked<Acc, Plain<Acc>>(host, out, factors, e);
 }
 
 }  // namespace

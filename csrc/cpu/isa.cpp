@@ -227,6 +227,29 @@ void lay_pairs(const void* from, Dtype dtype, int64_t stride, int64_t depth, int
   }
 }
 
+template <int... kSum>
+void dots_of(std::integer_sequence<int, kSum...>, const uint16_t* a, int64_t lda, const void* const* b, int64_t k,
+             float* c, int64_t ldc) {
+  constexpr int kRows = sizeof...(kSum) / 4;
+  __m512 sum[] = {(static_cast<void>(kSum), _mm512_setzero_ps())...};  // number 4 row + column
+  for (int64_t j = 0; j < k; j += 32) {
+    const __mmask32 lanes = k - j >= 32 ? ~0u : (1u << (k - j)) - 1;
+    __m512bh row[kRows], other[4];
+    for (int i = 0; i < kRows; ++i) row[i] = (__m512bh)_mm512_maskz_loadu_epi16(lanes, a + i * lda + j);
+    for (int i = 0; i < 4; ++i) {
+      other[i] = (__m512bh)_mm512_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(b[i]) + j);
+    }
+    ((sum[kSum] = _mm512_dpbf16_ps(sum[kSum], row[kSum / 4], other[kSum % 4])), ...);
+  }
+  ((c[kSum / 4 * ldc + kSum % 4] = Loops<float>::sum_of((Loops<float>::Vector)sum[kSum])), ...);
+}
+
+void dots(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, int64_t k, float* c, int64_t ldc) {
+  if (rows == 1) return dots_of(std::make_integer_sequence<int, 4>(), a, lda, b, k, c, ldc);
+  if (rows == 2) return dots_of(std::make_integer_sequence<int, 8>(), a, lda, b, k, c, ldc);
+  dots_of(std::make_integer_sequence<int, 16>(), a, lda, b, k, c, ldc);
+}
+
 void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
   for (int64_t done = 0; done < n;) {
     const int64_t first = (column + done) % 64;
@@ -277,6 +300,7 @@ Isa<Acc> choose() {
         set.half = {{{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
                     round_lines,
                     lay_pairs,
+                    dots,
                     mask_run};
       }
     }

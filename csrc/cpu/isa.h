@@ -53,6 +53,8 @@ struct Isa {
                         int64_t to_stride);
     void (*lay_lines)(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width,
                       int64_t panel, uint32_t* to);
+    // dots of bfloat16 alone.
+    void (*dots)(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, int64_t k, Acc* c, int64_t ldc);
     // A run of bfloat16, dropped and not scaled.
     void (*mask)(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
   } half;

@@ -49,6 +49,7 @@ inline uint64_t kept(const Dropout& dropout, int64_t row, int64_t block) {
 template <class Acc>
 struct Loops {
   static constexpr int64_t kLanes = RP_VECTOR_BYTES / sizeof(Acc), kChunk = 64;
+  static constexpr Dtype kOwn = sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
   typedef Acc Vector __attribute__((vector_size(RP_VECTOR_BYTES)));
   typedef Acc Loose __attribute__((vector_size(RP_VECTOR_BYTES), aligned(alignof(Acc)), may_alias));
   using Whole = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
@@ -239,48 +240,48 @@ struct Loops {
     return total[0];
   }
 
-  template <int kRows, bool kBFloat16>
-  static void dots_of(const Acc* a, int64_t lda, const void* const* b, int64_t k, Acc* c, int64_t ldc) {
-    Vector sum[kRows][4] = {};
+  // The sums are told one by one: loops over all of them leave them in memory.
+  template <bool kBFloat16, int... kSum>
+  static void dots_of(std::integer_sequence<int, kSum...>, const Acc* a, int64_t lda, const void* const* b, int64_t k,
+                      Acc* c, int64_t ldc) {
+    using Number = std::conditional_t<kBFloat16, uint16_t, Acc>;
+    constexpr int kRows = sizeof...(kSum) / 4;
+    Vector sum[] = {(static_cast<void>(kSum), Vector{})...};  // number 4 row + column
     int64_t j = 0;
     for (; j + kLanes <= k; j += kLanes) {
-      Vector row[kRows];
+      Vector row[kRows], other[4];
       for (int i = 0; i < kRows; ++i) row[i] = at(a + i * lda + j);
-      for (int column = 0; column < 4; ++column) {
-        Vector other;
+      for (int i = 0; i < 4; ++i) {
+        const Number* line = static_cast<const Number*>(b[i]) + j;
         if constexpr (kBFloat16) {
           alignas(64) Acc wide[kLanes];
-          load(static_cast<const uint16_t*>(b[column]) + j, Dtype::kBFloat16, kLanes, wide);
-          other = at(wide);
+          load(line, Dtype::kBFloat16, kLanes, wide);
+          other[i] = at(wide);
         } else {
-          other = at(static_cast<const Acc*>(b[column]) + j);
+          other[i] = at(line);
         }
-        for (int i = 0; i < kRows; ++i) sum[i][column] += row[i] * other;
       }
+      ((sum[kSum] += row[kSum / 4] * other[kSum % 4]), ...);
     }
-    for (int i = 0; i < kRows; ++i) {
-      for (int column = 0; column < 4; ++column) {
-        Acc total = sum_of(sum[i][column]);
-        for (int64_t rest = j; rest < k; ++rest) {
-          Acc other;
-          if constexpr (kBFloat16) {
-            other = from_bfloat16(static_cast<const uint16_t*>(b[column])[rest]);
-          } else {
-            other = static_cast<const Acc*>(b[column])[rest];
-          }
-          total += a[i * lda + rest] * other;
-        }
-        c[i * ldc + column] = total;
+    ((c[kSum / 4 * ldc + kSum % 4] = sum_of(sum[kSum])), ...);
+    for (; j < k; ++j) {
+      for (int i = 0; i < 4; ++i) {
+        Acc other;
+        load(static_cast<const Number*>(b[i]) + j, kBFloat16 ? Dtype::kBFloat16 : kOwn, 1, &other);
+        for (int row = 0; row < kRows; ++row) c[row * ldc + i] += a[row * lda + j] * other;
       }
     }
   }
 
   static void dots(int64_t rows, const Acc* a, int64_t lda, const void* const* b, Dtype dtype, int64_t k, Acc* c,
                    int64_t ldc) {
-    const bool half = dtype == Dtype::kBFloat16;
-    if (rows == 1) return half ? dots_of<1, true>(a, lda, b, k, c, ldc) : dots_of<1, false>(a, lda, b, k, c, ldc);
-    if (rows == 2) return half ? dots_of<2, true>(a, lda, b, k, c, ldc) : dots_of<2, false>(a, lda, b, k, c, ldc);
-    half ? dots_of<4, true>(a, lda, b, k, c, ldc) : dots_of<4, false>(a, lda, b, k, c, ldc);
+    const auto run = [&](auto sums) {
+      if (dtype == Dtype::kBFloat16) return dots_of<true>(sums, a, lda, b, k, c, ldc);
+      dots_of<false>(sums, a, lda, b, k, c, ldc);
+    };
+    if (rows == 1) return run(std::make_integer_sequence<int, 4>());
+    if (rows == 2) return run(std::make_integer_sequence<int, 8>());
+    run(std::make_integer_sequence<int, 16>());
   }
 
   static Acc dot(const Acc* a, const Acc* b, int64_t n) {

@@ -32,14 +32,16 @@ Epilogue product(const Problem& p) {
 }
 
 bool library_base(const Problem& p) {
-  return plan::chosen(plan::forced.library_base, plan::library_base(p.dtype, isa<float>().processor));
+  const bool planned =
+      plan::library_base(p.dtype, isa<float>().processor, p.x.rows, int64_t{p.out_features} * p.x.cols);
+  return plan::chosen(plan::forced.library_base, planned);
 }
 
 void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matrix& a, const Matrix& b,
                bool accumulate) {
   if (out.rows == 0 || out.cols == 0) return;
   if (library_base(p) && host.library_gemm(out, a, b, 1, accumulate)) return;
-  Epilogue e;
+  Epilogue e = product(p);
   e.accumulate = accumulate;
   if (out.dtype == Dtype::kFloat64) {
     gemm<double>(host, out, a, b, e);
@@ -195,7 +197,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     if (together) {
       for (const auto& [start, stop] : untouched_columns(p)) {
         const int64_t length = stop - start;
-        Epilogue e;
+        Epilogue e = product(p);
         if (p.bias) e.bias = p.bias.block(0, start, 1, length);
         if (residual) e.residual = residual.block(0, start, rows, length);
         gemm<Acc>(host, result.out.block(0, start, rows, length), p.x,

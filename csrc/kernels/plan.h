@@ -85,15 +85,19 @@ constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t
   return dtype != Dtype::kFloat16 && !processor.wide_vectors;
 }
 
-// Whether the base layer's product goes to torch's library. Ours takes the update along in one pass over out.
-constexpr bool library_base(Dtype dtype, Processor processor) {
-  return !processor.outruns_library || (dtype != Dtype::kFloat32 && dtype != Dtype::kFloat64);
-}
-
 // A product of a few rows takes its second factor line by line as it lies, where that is large: to lay it out takes
 // longer than the product.
 constexpr int64_t kFewRows = 16;
 constexpr bool by_lines(int64_t rows, int64_t numbers) { return rows <= kFewRows && numbers >= 32768; }
+
+// Whether the base layer's product with a weight [o, d] goes to torch's library, or is ours, which takes the update
+// along in one pass over out. A few rows wait for the memory that the weight comes from.
+constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t numbers) {
+  if (dtype == Dtype::kFloat16) return true;
+  const int64_t few = dtype == Dtype::kBFloat16 ? kFewRows / 2 : kFewRows;
+  if (processor.wide_vectors && rows <= few && by_lines(rows, numbers)) return false;
+  return dtype == Dtype::kBFloat16 || !processor.outruns_library;
+}
 
 // Rows of a piece of work that never spans two samples.
 constexpr int64_t kSegmentRows = 128;

@@ -159,13 +159,19 @@ void library() {
 }
 
 void base() {
-  constexpr plan::Processor kOrdinary{true, true}, kFast{true, true, true};
+  constexpr plan::Processor kNarrow{}, kOrdinary{true, true}, kFast{true, true, true};
+  constexpr int64_t kMany = 4096, kWeight = 1 << 20;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-    CHECK(plan::library_base(dtype, {}) && plan::library_base(dtype, kOrdinary), "a vendor's product is the fastest");
+    const bool half = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
+    CHECK(plan::library_base(dtype, kNarrow, kMany, kWeight) && plan::library_base(dtype, kOrdinary, kMany, kWeight),
+          "a vendor's product is the fastest");
+    CHECK(plan::library_base(dtype, kFast, kMany, kWeight) == half, "ours is faster but for pairs of bfloat16");
+    CHECK(plan::library_base(dtype, kNarrow, 1, kWeight), "few rows without wide vectors");
+    CHECK(plan::library_base(dtype, kOrdinary, 8, kWeight) == (dtype == Dtype::kFloat16), "few rows");
+    CHECK(plan::library_base(dtype, kOrdinary, 16, kWeight) == half, "more rows");
+    CHECK(plan::library_base(dtype, kOrdinary, 8, 1024), "a small weight");
   }
-  CHECK(!plan::library_base(Dtype::kFloat32, kFast) && !plan::library_base(Dtype::kFloat64, kFast), "ours is faster");
-  CHECK(plan::library_base(Dtype::kBFloat16, kFast) && plan::library_base(Dtype::kFloat16, kFast),
-        "the library's pairs");
+  CHECK(plan::by_lines(16, 32768) && !plan::by_lines(17, 32768) && !plan::by_lines(16, 32767), "the limits");
 }
 
 void kernels() {
