@@ -163,6 +163,29 @@ struct TokenProduct {
   }
 };
 
+// The rows of a segment in a matrix [rows, R], worked on as Acc: in place, or in scratch that `store` rounds. data is
+// nullptr where there is no matrix.
+template <class Acc>
+struct Rows {
+  const Matrix matrix;
+  const Segment& segment;
+  const bool in_place;
+  Acc* const data;
+
+  Rows(const Matrix& m, const Segment& s, Scratch<Acc>& scratch)
+      : matrix(m),
+        segment(s),
+        in_place(m && m.dtype == accumulated_dtype<Acc>()),
+        data(in_place ? static_cast<Acc*>(m.at(s.begin, 0))
+             : m      ? scratch.get((s.end - s.begin) * m.cols)
+                      : nullptr) {}
+  void store() const {
+    for (int64_t n = 0; matrix && !in_place && n < segment.end - segment.begin; ++n) {
+      store_row(data + n * matrix.cols, matrix, segment.begin + n, 0, matrix.cols);
+    }
+  }
+};
+
 // The rows of T as Acc, zero where cross_gram leaves an input token out.
 template <class Acc>
 void read_rows(const Work<Acc>& work, const Segment& s, bool only_valid, Acc* rows) {
@@ -467,31 +490,31 @@ SampleSums<Acc> sum_samples(const Host& host, const Problem& p, const State<Acc>
 
 template <class Acc>
 void route_forward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                   Acc* z, Acc* g) {
+                   const Matrix& z, Acc* g) {
   const SampleSums<Acc> sums = sum_samples<Acc>(host, p, state, t, cuts, nullptr);
   const Work<Acc> work{p, state, t, sums};
   parallel(host, static_cast<int64_t>(cuts.list.size()), route_work(p, state.kind), [&](int64_t begin, int64_t end) {
-    thread_local Scratch<Acc> scratch;
+    thread_local Scratch<Acc> scratch, z_scratch;
     for (int64_t i = begin; i < end; ++i) {
       const Segment& s = cuts.list[static_cast<size_t>(i)];
       const int64_t size = (s.end - s.begin) * p.width;
       Acc* tile = scratch.get(size);
-      Acc* out = z + s.begin * p.width;
+      Rows<Acc> rows(z, s, z_scratch);
       read_rows(work, s, false, tile);
-      route_segment(work, s, tile, out);
-      if (p.activation == Activation::kNone) continue;
+      route_segment(work, s, tile, rows.data);
       Acc* gradient = g ? g + s.begin * p.width : nullptr;
-      for (int64_t j = 0; j < size; ++j) {
-        if (gradient) gradient[j] *= activate_slope(p.activation, out[j]);
-        out[j] = activate(p.activation, out[j]);
+      for (int64_t j = 0; p.activation != Activation::kNone && j < size; ++j) {
+        if (gradient) gradient[j] *= activate_slope(p.activation, rows.data[j]);
+        rows.data[j] = activate(p.activation, rows.data[j]);
       }
+      rows.store();
     }
   });
 }
 
 template <class Acc>
 void route_backward(const Host& host, const Problem& p, const State<Acc>& state, const Matrix& t, const Segments& cuts,
-                    const Acc* g, Acc* dt, const Matrix& dstate, Acc* z) {
+                    const Acc* g, const Matrix& dt, const Matrix& dstate, const Matrix& z) {
   const SampleSums<Acc> sums = sum_samples(host, p, state, t, cuts, g);
   const Work<Acc> work{p, state, t, sums};
   const int64_t conditions = static_cast<int64_t>(cuts.of_condition.size()) - 1;
@@ -502,14 +525,16 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
   const int64_t splits = reduces ? plan::splits(conditions, static_cast<int64_t>(cuts.list.size())) : 1;
   Array<Acc> partial(reduces && splits > 1 ? conditions * splits * size : 0);
   const auto run = [&](int64_t first, int64_t last, const Matrix& target) {
-    thread_local Scratch<Acc> scratch, dt_scratch;
+    thread_local Scratch<Acc> scratch, dt_scratch, z_scratch;
     for (int64_t i = first; i < last; ++i) {
       const Segment& s = cuts.list[static_cast<size_t>(i)];
-      const int64_t count = (s.end - s.begin) * p.width;
-      Acc* tile = scratch.get(count);
+      Acc* tile = scratch.get((s.end - s.begin) * p.width);
       read_rows(work, s, false, tile);
-      backward_segment(work, s, tile, g + s.begin * p.width, dt ? dt + s.begin * p.width : dt_scratch.get(count),
-                       target, i == first, z ? z + s.begin * p.width : nullptr);
+      Rows<Acc> dt_rows(dt, s, dt_scratch), z_rows(z, s, z_scratch);
+      Acc* to = dt ? dt_rows.data : dt_scratch.get((s.end - s.begin) * p.width);
+      backward_segment(work, s, tile, g + s.begin * p.width, to, target, i == first, z_rows.data);
+      dt_rows.store();
+      z_rows.store();
     }
   };
   if (!dstate) {
@@ -546,9 +571,9 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
 
 #define RP_INSTANTIATE(Acc)                                                                                         \
   template void route_forward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&,  \
-                                   Acc*, Acc*);                                                                     \
+                                   const Matrix&, Acc*);                                                            \
   template void route_backward<Acc>(const Host&, const Problem&, const State<Acc>&, const Matrix&, const Segments&, \
-                                    const Acc*, Acc*, const Matrix&, Acc*);
+                                    const Acc*, const Matrix&, const Matrix&, const Matrix&);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)
 

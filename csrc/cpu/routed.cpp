@@ -24,10 +24,13 @@ Matrix acc(const Array<Acc>& data, int64_t rows, int64_t cols) {
   return dense(data.get(), accumulated_dtype<Acc>(), rows, cols);
 }
 
-// An epilogue for the products of x, dout and what is made of them: rounded to bfloat16 where the input is.
+// Factors of products with x and dout, and what is made of them, are rounded to bfloat16 where the input is; what only
+// such products take lives in it.
+bool rounds(const Problem& p) { return p.dtype == Dtype::kBFloat16; }
+
 Epilogue product(const Problem& p) {
   Epilogue e;
-  e.in_bfloat16 = p.dtype == Dtype::kBFloat16;
+  e.in_bfloat16 = rounds(p);
   return e;
 }
 
@@ -89,12 +92,12 @@ struct Condition {
   }
 };
 
-// dV [y_rows, R]: in bfloat16 where all that is made of it are products of bfloat16, unless it is wanted `exact`.
+// A dense matrix, in bfloat16 or as Acc.
 template <class Acc>
-Matrix token_gradient_space(const Problem& p, Array<char>& storage, bool exact) {
-  const Dtype dtype = half_tokens(p) && !exact ? Dtype::kBFloat16 : accumulated_dtype<Acc>();
-  storage = Array<char>(p.conditions.rows * p.width * element_size(dtype));
-  return dense(storage.get(), dtype, p.conditions.rows, p.width);
+Matrix space(bool half, int64_t rows, int64_t cols, Array<char>& storage) {
+  const Dtype dtype = half ? Dtype::kBFloat16 : accumulated_dtype<Acc>();
+  storage = Array<char>(rows * cols * element_size(dtype));
+  return dense(storage.get(), dtype, rows, cols);
 }
 
 template <class Acc>
@@ -174,10 +177,9 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     down.bias = p.b_down;
     gemm<Acc>(host, t, Operand(p.x, p.drop_x), p.a.transposed(), down);
     encode_now(t);
-    Array<Acc> z(rows * p.width);
-    route_forward<Acc>(host, p, condition.state, t, cuts, z.get(), nullptr);
-
-    const Matrix z_matrix = acc(z, rows, p.width), residual = p.residual ? p.x : p.base;
+    Array<char> z_storage;
+    const Matrix z = space<Acc>(rounds(p), rows, p.width, z_storage), residual = p.residual ? p.x : p.base;
+    route_forward<Acc>(host, p, condition.state, t, cuts, z, nullptr);
     const bool whole = p.slice_count == 1 && p.slices[0].length == p.out_features;
     const bool together = p.weight && !library_base(p);
     if (!whole && !together) fill_rows<Acc>(host, result.out, p.bias, residual);
@@ -191,7 +193,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
       std::optional<Factors> base;
       if (together) base = {p.x, p.weight.block(slice.start, 0, slice.length, p.x.cols).transposed()};
       up.plus = base ? &*base : nullptr;
-      gemm<Acc>(host, columns(result.out), z_matrix.block(0, i * p.rank(), rows, p.rank()),
+      gemm<Acc>(host, columns(result.out), z.block(0, i * p.rank(), rows, p.rank()),
                 p.b.block(slice.row, 0, slice.length, p.rank()).transposed(), up);
     }
     if (together) {
@@ -246,13 +248,14 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
   Matrix dstate;
   if (want_dstate && by_token) {
     const bool once = through_v && p.routing == Routing::kGram && cuts.once();
-    dstate = token_gradient_space<Acc>(p, dstate_storage, !once || bool(db_c));
+    dstate = space<Acc>(half_tokens(p) && once && !db_c, p.conditions.rows, p.width, dstate_storage);
   } else if (want_dstate) {
     dstate_storage = Array<char>(p.conditions.count * p.state_size() * int64_t{sizeof(Acc)});
     dstate = dense(dstate_storage.get(), accumulated_dtype<Acc>(), p.conditions.count, p.state_size());
   }
   Acc* const dstate_numbers = static_cast<Acc*>(dstate.data);
-  Array<Acc> dt;
+  Array<char> dt_storage, z_storage;
+  Matrix dt, z;
 
   if (plan::rank_one(p)) {
     rank_one_backward<Acc>(host, p, condition.state.data, cuts, io, dstate_numbers);
@@ -272,43 +275,42 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     }
     // Z again: for dB, and for the slope of the activation, without which it is made on the way back
     const bool sloped = p.activation != Activation::kNone, back = want_dt || want_dstate;
-    Array<Acc> z(io.db || sloped ? rows * p.width : 0);
-    if (sloped || (io.db && !back)) route_forward<Acc>(host, p, condition.state, io.t, cuts, z.get(), g.get());
+    if (io.db || sloped) z = space<Acc>(rounds(p), rows, p.width, z_storage);
+    if (sloped || (io.db && !back)) route_forward<Acc>(host, p, condition.state, io.t, cuts, z, g.get());
     if (back) {
-      if (want_dt) dt = Array<Acc>(rows * p.width);
-      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt.get(), dstate,
-                          io.db && !sloped ? z.get() : nullptr);
+      // As Acc where more than products is made of it.
+      if (want_dt) dt = space<Acc>(rounds(p) && !in_sequence && !io.db_down, rows, p.width, dt_storage);
+      route_backward<Acc>(host, p, condition.state, io.t, cuts, g.get(), dt, dstate, io.db && !sloped ? z : Matrix{});
     }
     if (io.db) {
-      const Matrix z_matrix = acc(z, rows, p.width);
       Epilogue scaled = product(p);
       scaled.alpha = p.scaling;
       for (int64_t i = 0; i < p.slice_count; ++i) {
         const Slice& slice = p.slices[i];
         gemm<Acc>(host, io.db.block(slice.row, 0, slice.length, p.rank()),
                   io.dout.block(0, slice.start, rows, slice.length).transposed(),
-                  z_matrix.block(0, i * p.rank(), rows, p.rank()), scaled);
+                  z.block(0, i * p.rank(), rows, p.rank()), scaled);
       }
     }
   }
 
   Matrix dv = by_token ? dstate : Matrix{};
   if (want_dstate && condition.state.kind == StateKind::kMatrix && encodes) {
-    dv = token_gradient_space<Acc>(p, dv_storage, in_sequence || bool(db_c));
+    dv = space<Acc>(half_tokens(p) && !in_sequence && !db_c, p.conditions.rows, p.width, dv_storage);
     matrix_backward(host, p, v, dstate_numbers, dv);
   }
   const bool rank_one = plan::rank_one(p), together = !rank_one && io.dx && p.weight && !library_base(p);
-  if (in_sequence && dv && dt.get() != nullptr && !rank_one) {
+  if (in_sequence && dv && dt && !rank_one) {
     const Acc* dv_tokens = static_cast<const Acc*>(dv.data);
+    Acc* sum = static_cast<Acc*>(dt.data);
     for (int64_t row = 0; row < rows; ++row) {  // V is rows of T
       if (!p.condition_mask[row]) continue;
-      for (int64_t j = 0; j < p.width; ++j) dt[row * p.width + j] += dv_tokens[row * p.width + j];
+      for (int64_t j = 0; j < p.width; ++j) sum[row * p.width + j] += dv_tokens[row * p.width + j];
     }
   }
   if (!rank_one) {
-    const Matrix dt_matrix = acc(dt, rows, p.width);
-    if (io.da) gemm<Acc>(host, io.da, dt_matrix.transposed(), Operand(p.x, p.drop_x), product(p));
-    if (io.db_down) column_sums<Acc>(host, io.db_down, dt_matrix, false);
+    if (io.da) gemm<Acc>(host, io.da, dt.transposed(), Operand(p.x, p.drop_x), product(p));
+    if (io.db_down) column_sums<Acc>(host, io.db_down, dt, false);
     if (io.dx) {
       Epilogue masked = product(p);
       masked.mask = p.drop_x;
@@ -316,7 +318,7 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
       std::optional<Factors> base;
       if (together) base = {io.dout, p.weight};
       masked.plus = base ? &*base : nullptr;
-      gemm<Acc>(host, io.dx, dt_matrix, p.a, masked);
+      gemm<Acc>(host, io.dx, dt, p.a, masked);
     }
   }
   if (want_dstate && encodes) {
@@ -353,8 +355,9 @@ void encode_backward_as(const Host& host, const Problem& p, const void* dstate, 
     return;
   }
   Array<char> storage;
-  const Matrix dv = token_gradient_space<Acc>(p, storage, bool(db_c) || p.kind != StateKind::kMatrix);
-  if (p.kind == StateKind::kMatrix) {
+  const bool matrix = p.kind == StateKind::kMatrix;
+  const Matrix dv = space<Acc>(half_tokens(p) && matrix && !db_c, p.conditions.rows, p.width, storage);
+  if (matrix) {
     matrix_backward(host, p, kept, gradient, dv);
   } else {
     std::copy_n(gradient, p.conditions.rows * p.width, static_cast<Acc*>(dv.data));
