@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from shapes import Shape
 
 OURS = "routed_peft"
 OF_SHAPE = ("shape", "family", "text", "tokens", "M", "R")  # kept once for all rows
+OFF = 1.05  # a choice of the planner's that takes so much longer than another one is a bad one
 SLOWER = 1.03  # above that, and not before, a cell counts as slower: less is the spread of a median
 Group = dict[str, dict]  # a row for each peer, measured in turns
 
@@ -42,13 +44,13 @@ class Result:
                 found[row["name"], row["dtype"], row["way"], row["clock"]][row["peer"]] = row
         return dict(found)
 
+    def of_kind(self, kind: str) -> list[dict]:
+        return [row for row in self.rows if row["kind"] == kind]
+
     def others(self) -> dict[str, list[dict]]:
-        """The rows of every kind of benchmark but the layer's."""
-        found = defaultdict(list)
-        for row in self.rows:
-            if row["kind"] != "layer":
-                found[row["kind"]].append(row)
-        return dict(found)
+        """The rows of every kind of benchmark that has no section of its own."""
+        kinds = dict.fromkeys(row["kind"] for row in self.rows)
+        return {kind: self.of_kind(kind) for kind in kinds if kind not in ("layer", "planner")}
 
     def shape(self, name: str) -> Shape:
         return Shape(**self.shapes[name]["shape"])
@@ -122,8 +124,11 @@ def adapter(group: Group, peer: str) -> float | None:
 
 
 def adapter_ratio(group: Group) -> float | None:
+    """How many times as long eager's adapter takes as ours; infinite where ours comes free with its base layer."""
     ours, eager = adapter(group, OURS), adapter(group, "eager")
-    return eager / ours if ours and eager else None
+    if not eager or OURS not in group:
+        return None
+    return eager / ours if ours else math.inf
 
 
 def lost(result: Result, peer: str) -> list[tuple]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 
 import peers
-from outcome import OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio
+from outcome import OFF, OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio
 
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 # What the README shows, where it was measured, beside the cells that lose most to aten.
@@ -17,11 +18,16 @@ SHOWN = [
 README_PEERS = (OURS, "eager", "compile", "aten", "peft", "base")
 LAYERS = """\
 Medians; after the comma how many times as long as routed_peft that is, **bold** where the peer is faster. An adapter's
-time is the layer's less that of base, and – where no more than the spread is left of it. `of copy` is what routed_peft
+time is the layer's less that of base, and – where no more than the spread is left of it; eager's is ∞ times as long as
+ours where our layer takes no longer than the base alone in torch. `of copy` is what routed_peft
 has to move (benchmarks/model.py) over its time, as a part of the measured copy bandwidth.
 """
 MEMORY = """\
 MB that are kept for the backward, without parameters / MB at most beyond what was there before.
+"""
+PLANNER = """\
+Each choice of csrc/kernels/plan.h, timed as planned and forced every way; a cell is off where the call as planned takes
+more than {off:.0%} longer than the best way.
 """
 README = """\
 A layer with its frozen base, on {machine}, `{command}`. Medians; after the comma how many times as long as routed_peft
@@ -59,6 +65,10 @@ def times_of(group: Group, peer: str) -> str:
     return f"{said}, **{shown}**" if times < 0.995 and peer != "base" else f"{said}, {shown}"
 
 
+def bold(times: float) -> str:
+    return f"{times:.2f}" if times >= 0.995 else f"**{times:.2f}**"
+
+
 def layer_tables(result: Result) -> list[str]:
     lines, groups, copy = [], result.groups(), result.facts["copy bandwidth, GB/s"] * 1e9
     for dtype, way, clock in dict.fromkeys(key[1:] for key in groups):
@@ -69,7 +79,7 @@ def layer_tables(result: Result) -> list[str]:
             ours, own, faster = group.get(OURS), adapter(group, OURS), adapter_ratio(group)
             rows.append(
                 [name, *(times_of(group, peer) for peer in names), seconds(own) if own else "–"]
-                + [f"{faster:.2f}" if faster and faster >= 0.995 else f"**{faster:.2f}**" if faster else "–"]
+                + ["–" if not faster else "∞" if faster == math.inf else bold(faster)]
                 + [f"{ours['model_bytes'] / ours['median'] / copy:.0%}" if ours else "–"]
             )
         lines += [f"### {way}, {dtype}, {clock}", ""]
@@ -109,6 +119,29 @@ def other_tables(result: Result) -> list[str]:
     return lines
 
 
+def planner_tables(result: Result) -> list[str]:
+    """How often the planner chose the best way, and where not."""
+    rows = result.of_kind("planner")
+    if not rows:
+        return []
+    lines, body = ["## Planner", "", PLANNER.format(off=OFF - 1)], []
+    for choice in dict.fromkeys(row["choice"] for row in rows):
+        mine = [row for row in rows if row["choice"] == choice]
+        bad = [row["off"] for row in mine if row["off"] > OFF]
+        body.append([choice, ", ".join(mine[0]["ways"]), str(len(mine)), str(len(bad)), f"{max(bad):.2f}" if bad else "–"])
+    lines += table(["choice", "ways", "cells", "off", "worst"], body)
+    bad = sorted((row for row in rows if row["off"] > OFF), key=lambda row: -row["off"])
+    if bad:
+        body = [
+            [row["choice"], f"batch {row['batch']}, {row['call']}", row["dtype"], row["way"]]
+            + [", ".join(f"{way}: {seconds(time)}" for way, time in row["ways"].items())]
+            + [seconds(row["median"]), f"**{row['off']:.2f}**"]
+            for row in bad
+        ]
+        lines += table(["choice", "call", "dtype", "", "ways", "as planned", "off"], body)
+    return lines
+
+
 def plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "**no**"
@@ -143,7 +176,7 @@ def page(result: Result, pictures: list[str]) -> str:
         lines += [f"* {name}: {result.shapes[name]['text']}" for name in names]
         lines += ["", *(f"* {name}: {peers.doc(name)}" for name in peers.PEERS), "", *layer_tables(result)]
         lines += ["## Memory of a step", "", MEMORY, *memory_tables(result)]
-    return "\n".join([*lines, *other_tables(result)]).rstrip() + "\n"
+    return "\n".join([*lines, *planner_tables(result), *other_tables(result)]).rstrip() + "\n"
 
 
 def paragraph(text: str, **values) -> str:

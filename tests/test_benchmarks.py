@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from routed_peft import functional, ops
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import bench_planner  # noqa: E402
 import measure  # noqa: E402
 import model  # noqa: E402
 import outcome  # noqa: E402
@@ -212,6 +215,13 @@ def test_a_cell_that_is_won_is_no_loss():
     assert "in 0 of 1 groups" in " ".join(pages.readme_block(result).split())
 
 
+def test_an_adapter_that_comes_free_has_met_its_aim():
+    result = made_up(routed_peft=1e-3, eager=3e-3, base=1.2e-3)
+    assert outcome.adapter_ratio(next(iter(result.groups().values()))) == float("inf")
+    page = pages.page(result, [])
+    assert "0 of 1 aims missed" in page and "| – | ∞ |" in page
+
+
 def test_parts_of_different_machines_do_not_mix(tmp_path):
     files = []
     for device in ("one", "another"):
@@ -232,6 +242,73 @@ def test_other_kinds_get_a_table():
     page = pages.page(result, [])
     assert "## Model\n\n| form | peer | met | median |" in page
     assert "| llava | b | **no** | 2 ms |" in page
+
+
+# ---- the planner
+
+
+def run_planner(tmp_path, shapes):
+    written = tmp_path / "planner.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_planner.py", "-q", "--benchmark-only", "--device=cpu"]
+    command += [f"--shapes={shapes}", "--seconds=0", f"--benchmark-json={written}", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return outcome.load([written])
+
+
+def test_the_planner_is_timed_every_way(tmp_path):
+    rows = run_planner(tmp_path, "gram_order-gram-64x32-128-r16-m8,by_lines-mul-1x1-256-r16").of_kind("planner")
+    assert {(row["choice"], row["dtype"], row["way"]) for row in rows} == {
+        *(("gram_order", dtype, way) for dtype in ("float32", "bfloat16") for way in ("forward", "step")),
+        *(("by_lines", dtype, "forward") for dtype in ("float32", "bfloat16")),
+    }
+    for row in rows:
+        assert set(row["ways"]) == set(bench_planner.CHOICES[row["choice"]].ways.values())
+        assert row["ways"][row["best"]] == min(row["ways"].values()) > 0
+        assert row["off"] == pytest.approx(row["median"] / min(row["ways"].values()), rel=0.01)
+
+
+def test_a_forced_call_is_the_layer_all_the_same():
+    """Where the two ways keep other things for the backward, it shows that the choice was taken."""
+    kept = {}
+    for choice, about in bench_planner.CHOICES.items():
+        shape = replace(next(bench_planner.shapes_of(choice)), n=9, d=16, out=16)
+        cell = bench_planner.Cell(choice, shape, "float32", "step")
+        call, gradients = bench_planner.call_of(cell, "cpu"), {}
+        layer = peers.Layer(shape, torch.float32, "cpu")
+        for value in (bench_planner.PLANNED, *about.ways):
+            ops.extension.force(choice, value)
+            try:
+                gradients[value] = call(0)
+                out = functional.routed_lora(
+                    layer.x[0], layer.A, layer.y, layer.B, routing=shape.routing, scaling=peers.SCALING
+                )
+            finally:
+                ops.extension.force(choice, bench_planner.PLANNED)
+            saved = [None if t is None else tuple(t.shape) for t in out.grad_fn.saved_tensors]
+            kept.setdefault(choice, {})[value] = saved
+        for value in about.ways:
+            torch.testing.assert_close(gradients[value], gradients[bench_planner.PLANNED], rtol=1e-4, atol=1e-4)
+    for choice in ("rank_one", "gram_order"):
+        assert kept[choice][0] != kept[choice][1]
+        assert bench_planner.PLANNED in kept[choice] and kept[choice][-1] in (kept[choice][0], kept[choice][1])
+
+
+def test_a_choice_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="no choice 'gram'"):
+        ops.extension.force("gram", 1)
+
+
+def test_a_bad_choice_is_shown():
+    result = made_up(routed_peft=1e-3, base=1e-3)
+    times = dict(min=1e-3, p20=1e-3, median=2e-3, p80=3e-3, n=3)
+    said = dict(kind="planner", choice="gram_order", call="gram, 64 tokens", batch=8, dtype="float32", way="step")
+    for off in (1.04, 2.0):
+        result.rows.append(said | times | dict(off=off, best="through S", ways={"through S": 1e-3, "through V": 2e-3}))
+    page = pages.page(result, [])
+    assert "| gram_order | through S, through V | 2 | 1 | 2.00 |" in page
+    bad = "| gram_order | batch 8, gram, 64 tokens | float32 | step | through S: 1 ms, through V: 2 ms | 2 ms | **2.00** |"
+    assert page.count("batch 8") == 1 and bad in page
 
 
 def test_the_readme_says_what_its_result_says():

@@ -117,7 +117,11 @@ struct Work {
   const Acc* matrix(const Segment& s, int64_t g) const { return state.data + (s.condition * p.groups + g) * w() * w(); }
   // Row of V that belongs to row n of the segment.
   int64_t token(const Segment& s, int64_t n) const { return p.conditions.begin(s.condition) + s.offset + n; }
-  // An epilogue for gram on V itself: T, V and what is made of them may be rounded where V's factors were bfloat16.
+  // gram on V itself, which may have no rows
+  bool on_v() const {
+    return state.kind == StateKind::kTokens && (p.routing == Routing::kGram || p.routing == Routing::kGramRelu);
+  }
+  // An epilogue for it: T, V and what is made of them may be rounded where V's factors were bfloat16.
   Epilogue on_tokens(bool accumulate, double alpha = 1) const {
     Epilogue e = adding(accumulate, alpha);
     e.in_bfloat16 = p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16;
@@ -220,7 +224,7 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
       gemm_serial<Acc>(zg, left, acc(work.matrix(s, g), w, w, w));
       continue;
     }
-    if (work.state.tokens) {
+    if (work.on_v()) {
       thread_local Scratch<Acc> t_scratch;
       thread_local TokenProduct<Acc> product;
       Matrix left = tg;
@@ -283,7 +287,7 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
                       const Matrix& state_gradient, bool fresh, Acc* z) {
   const Problem& p = work.p;
   Acc* dstate = static_cast<Acc*>(state_gradient.data);
-  if (z && !work.state.tokens) route_segment(work, s, t, z);
+  if (z && !work.on_v()) route_segment(work, s, t, z);
   const int64_t rows = s.end - s.begin, width = p.width, w = work.w();
   if (p.routing == Routing::kNone) {
     std::copy_n(g_all, rows * width, dt);
@@ -313,7 +317,7 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
       if (dstate) gemm_serial<Acc>(acc(dstate + g * w * w, w, w, w), positive_g.transposed(), gg, adding(true));
       continue;
     }
-    if (work.state.tokens) {  // P = f T Vᵀ, dP = f G Vᵀ: dT = dP V, dV = dPᵀ T + Pᵀ G
+    if (work.on_v()) {  // P = f T Vᵀ, dP = f G Vᵀ: dT = dP V, dV = dPᵀ T + Pᵀ G
       thread_local Scratch<Acc> through_scratch;
       thread_local TokenProduct<Acc> p_space, dp_space;
       const Matrix zg = acc(z + (z ? g * w : 0), z ? rows : 0, w, width);
@@ -549,7 +553,7 @@ void route_backward(const Host& host, const Problem& p, const State<Acc>& state,
       if (tokens) {
         const int64_t row = p.conditions.begin(c), rows = p.conditions.end(c) - row;
         const Matrix target = dstate.block(row, 0, rows, p.width);
-        if (!state.tokens || first == last) clear(target);
+        if (!work.on_v() || first == last) clear(target);
         run(first, last, target);
         continue;
       }

@@ -21,7 +21,9 @@ PYBIND11_MODULE(_C, m) {
             {"rank_one", &Forced::rank_one},         {"gram_order", &Forced::gram_order},
             {"library_gemm", &Forced::library_gemm}, {"library_base", &Forced::library_base},
             {"by_lines", &Forced::by_lines},         {"reduction_splits", &Forced::reduction_splits}};
-        plan::forced.*choices.at(choice) = value;
+        const auto found = choices.find(choice);
+        if (found == choices.end()) throw py::value_error("there is no choice '" + choice + "' in csrc/kernels/plan.h");
+        plan::forced.*found->second = value;
       },
       py::arg("choice"), py::arg("value"),
       "For benchmarks of the planner: what a choice of csrc/kernels/plan.h comes out as from now on; -1 is as "
