@@ -128,7 +128,9 @@ def planner_tables(result: Result) -> list[str]:
     for choice in dict.fromkeys(row["choice"] for row in rows):
         mine = [row for row in rows if row["choice"] == choice]
         bad = [row["off"] for row in mine if row["off"] > OFF]
-        body.append([choice, ", ".join(mine[0]["ways"]), str(len(mine)), str(len(bad)), f"{max(bad):.2f}" if bad else "–"])
+        body.append(
+            [choice, ", ".join(mine[0]["ways"]), str(len(mine)), str(len(bad)), f"{max(bad):.2f}" if bad else "–"]
+        )
     lines += table(["choice", "ways", "cells", "off", "worst"], body)
     bad = sorted((row for row in rows if row["off"] > OFF), key=lambda row: -row["off"])
     if bad:

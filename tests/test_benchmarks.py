@@ -274,8 +274,8 @@ def test_a_forced_call_is_the_layer_all_the_same():
     for choice, about in bench_planner.CHOICES.items():
         shape = replace(next(bench_planner.shapes_of(choice)), n=9, d=16, out=16)
         cell = bench_planner.Cell(choice, shape, "float32", "step")
-        call, gradients = bench_planner.call_of(cell, "cpu"), {}
-        layer = peers.Layer(shape, torch.float32, "cpu")
+        layer, gradients = peers.Layer(shape, torch.float32, "cpu"), {}
+        call = bench_planner.call_of(cell, layer)
         for value in (bench_planner.PLANNED, *about.ways):
             ops.extension.force(choice, value)
             try:

@@ -421,7 +421,7 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
 template <class Acc>
 void product(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
   const Factors& largest = e.plus ? *e.plus : factors;
-  const bool planned = plan::by_lines(out.rows, out.cols * largest.b.matrix.rows);
+  const bool planned = plan::by_lines(out.rows, out.cols, largest.b.matrix.rows);
   const bool by_lines = out.rows <= plan::kFewRows && plan::chosen(plan::forced.by_lines, planned) &&
                         readable_lines<Acc>(factors.b) && readable_lines<Acc>(largest.b);
   if constexpr (std::is_same_v<Acc, float>) {

@@ -34,16 +34,17 @@ Epilogue product(const Problem& p) {
   return e;
 }
 
-bool library_base(const Problem& p) {
+// Forward the base layer's product has the weight's rows as its columns, backward not.
+bool library_base(const Problem& p, bool forward) {
   const bool planned =
-      plan::library_base(p.dtype, isa<float>().processor, p.x.rows, int64_t{p.out_features} * p.x.cols);
+      plan::library_base(p.dtype, isa<float>().processor, p.x.rows, p.weight.rows, p.weight.cols, forward);
   return plan::chosen(plan::forced.library_base, planned);
 }
 
-void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matrix& a, const Matrix& b,
-               bool accumulate) {
+void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate,
+               bool library) {
   if (out.rows == 0 || out.cols == 0) return;
-  if (library_base(p) && host.library_gemm(out, a, b, 1, accumulate)) return;
+  if (library && host.library_gemm(out, a, b, 1, accumulate)) return;
   Epilogue e = product(p);
   e.accumulate = accumulate;
   if (out.dtype == Dtype::kFloat64) {
@@ -181,7 +182,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     const Matrix z = space<Acc>(rounds(p), rows, p.width, z_storage), residual = p.residual ? p.x : p.base;
     route_forward<Acc>(host, p, condition.state, t, cuts, z, nullptr);
     const bool whole = p.slice_count == 1 && p.slices[0].length == p.out_features;
-    const bool together = p.weight && !library_base(p);
+    const bool together = p.weight && !library_base(p, true);
     if (!whole && !together) fill_rows<Acc>(host, result.out, p.bias, residual);
     for (int64_t i = 0; i < p.slice_count; ++i) {
       const Slice& slice = p.slices[i];
@@ -208,7 +209,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
       return;
     }
   }
-  if (p.weight) base_gemm(host, p, result.out, p.x, p.weight.transposed(), true);
+  if (p.weight) base_gemm(host, p, result.out, p.x, p.weight.transposed(), true, library_base(p, true));
 }
 
 template <class Acc>
@@ -299,7 +300,8 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     dv = space<Acc>(half_tokens(p) && !in_sequence && !db_c, p.conditions.rows, p.width, dv_storage);
     matrix_backward(host, p, v, dstate_numbers, dv);
   }
-  const bool rank_one = plan::rank_one(p), together = !rank_one && io.dx && p.weight && !library_base(p);
+  const bool rank_one = plan::rank_one(p), library = p.weight && library_base(p, false);
+  const bool together = !rank_one && io.dx && p.weight && !library;
   if (in_sequence && dv && dt && !rank_one) {
     const Acc* dv_tokens = static_cast<const Acc*>(dv.data);
     Acc* sum = static_cast<Acc*>(dt.data);
@@ -333,8 +335,8 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     std::copy_n(dstate_numbers, dstate.rows * dstate.cols, static_cast<Acc*>(io.dstate));
   }
 
-  if (io.dx && p.weight && !together) base_gemm(host, p, io.dx, io.dout, p.weight, true);
-  if (io.dweight) base_gemm(host, p, io.dweight, io.dout.transposed(), p.x, false);
+  if (io.dx && p.weight && !together) base_gemm(host, p, io.dx, io.dout, p.weight, true, library);
+  if (io.dweight) base_gemm(host, p, io.dweight, io.dout.transposed(), p.x, false, library);
   if (io.dbias) column_sums<Acc>(host, io.dbias, io.dout, false);
 }
 

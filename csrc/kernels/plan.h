@@ -80,23 +80,31 @@ struct Processor {
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. float16 stays here: the library has no product of it worth the name on a CPU.
 constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k) {
-  if (std::min({m, n, k}) < 8 || double(m) * double(n) * double(k) < 4e6) return false;
+  if (std::min({m, n, k}) < 8 || double(m) * double(n) * double(k) < 8e6) return false;
   if (dtype == Dtype::kBFloat16) return processor.native_bfloat16;
   return dtype != Dtype::kFloat16 && !processor.wide_vectors;
 }
 
-// A product of a few rows takes its second factor line by line as it lies, where that is large: to lay it out takes
-// longer than the product.
+// A product [rows, k] × [k, n] of a few rows takes its second factor line by line as it lies, if the lines are long: to
+// lay it out takes longer than the product. Not a small one, whose numbers would depend on how many rows share a call.
 constexpr int64_t kFewRows = 16;
-constexpr bool by_lines(int64_t rows, int64_t numbers) { return rows <= kFewRows && numbers >= 32768; }
+constexpr bool by_lines(int64_t rows, int64_t n, int64_t k) {
+  return rows <= kFewRows && k >= 64 * rows && n * k >= 16384;
+}
 
-// Whether the base layer's product with a weight [o, d] goes to torch's library, or is ours, which takes the update
-// along in one pass over out. A few rows wait for the memory that the weight comes from.
-constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t numbers) {
+// Whether the base layer's product [rows, k] × [k, n] goes to torch's library, or is ours, which takes the update along
+// in one pass over out. `lines`: the weight lies along k, which it does forward. A few rows wait for the memory that it
+// comes from, where it does not stay in a cache.
+constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t n, int64_t k, bool lines) {
+  const bool half = dtype == Dtype::kBFloat16, fast = processor.outruns_library;
   if (dtype == Dtype::kFloat16) return true;
-  const int64_t few = dtype == Dtype::kBFloat16 ? kFewRows / 2 : kFewRows;
-  if (processor.wide_vectors && rows <= few && by_lines(rows, numbers)) return false;
-  return dtype == Dtype::kBFloat16 || !processor.outruns_library;
+  if (lines && processor.wide_vectors && by_lines(rows, n, k) && (!half || rows <= kFewRows / 2)) return false;
+  if (half) {
+    const bool near = n * k <= (rows <= kFewRows / 2 ? int64_t{1} << 22 : int64_t{1} << 21);
+    return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);
+  }
+  const bool vector = !lines && rows <= 2 && n * k > int64_t{1} << 22;  // laying the weight out serves too few rows
+  return !fast || vector;
 }
 
 // Rows of a piece of work that never spans two samples.

@@ -150,7 +150,7 @@ void library() {
        {std::pair{Dtype::kFloat32, kNarrow}, {Dtype::kFloat64, kNarrow}, {Dtype::kBFloat16, kHalf}}) {
     const auto goes = [&](int64_t m, int64_t n, int64_t k) { return plan::library_gemm(dtype, processor, m, n, k); };
     CHECK(goes(4096, 64, 768), "a large product");
-    CHECK(goes(200, 200, 100) && !goes(200, 200, 99), "the limit");
+    CHECK(goes(200, 200, 200) && !goes(200, 200, 199), "the limit");
     CHECK(!goes(1 << 20, 7, 768) && goes(1 << 20, 8, 768), "thin");
     CHECK(!goes(7, 768, 1 << 20) && !goes(768, 1 << 20, 7), "thin");
     CHECK(!goes(0, 64, 64) && !goes(64, 64, 0), "empty");
@@ -160,18 +160,26 @@ void library() {
 
 void base() {
   constexpr plan::Processor kNarrow{}, kOrdinary{true, true}, kFast{true, true, true};
-  constexpr int64_t kMany = 4096, kWeight = 1 << 20;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     const bool half = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
-    CHECK(plan::library_base(dtype, kNarrow, kMany, kWeight) && plan::library_base(dtype, kOrdinary, kMany, kWeight),
-          "a vendor's product is the fastest");
-    CHECK(plan::library_base(dtype, kFast, kMany, kWeight) == half, "ours is faster but for pairs of bfloat16");
-    CHECK(plan::library_base(dtype, kNarrow, 1, kWeight), "few rows without wide vectors");
-    CHECK(plan::library_base(dtype, kOrdinary, 8, kWeight) == (dtype == Dtype::kFloat16), "few rows");
-    CHECK(plan::library_base(dtype, kOrdinary, 16, kWeight) == half, "more rows");
-    CHECK(plan::library_base(dtype, kOrdinary, 8, 1024), "a small weight");
+    for (const bool lines : {false, true}) {
+      const auto library = [&](plan::Processor processor, int64_t rows, int64_t n = 4096) {
+        return plan::library_base(dtype, processor, rows, n, 4096, lines);
+      };
+      CHECK(library(kNarrow, 4096) && library(kOrdinary, 4096), "a vendor's product is the fastest");
+      CHECK(library(kFast, 4096) == half, "ours is faster but for pairs of bfloat16");
+      CHECK(library(kNarrow, 1), "few rows without wide vectors");
+      CHECK(library(kOrdinary, 8) == (dtype == Dtype::kFloat16 || !lines), "few rows");
+      CHECK(library(kOrdinary, 16) == (half || !lines), "more rows");
+      CHECK(library(kFast, 32, 512) == (dtype == Dtype::kFloat16), "a weight that stays near");
+      CHECK(library(kFast, 8, 1024) == (dtype == Dtype::kFloat16), "a larger one, few rows");
+      CHECK(library(kFast, 32, 513) == half && library(kFast, 33, 512) == half, "beyond that");
+      CHECK(library(kFast, 2) == (dtype == Dtype::kFloat16 || !lines), "a large one that does not lie along k");
+    }
   }
-  CHECK(plan::by_lines(16, 32768) && !plan::by_lines(17, 32768) && !plan::by_lines(16, 32767), "the limits");
+  CHECK(plan::by_lines(16, 16, 1024) && !plan::by_lines(17, 16, 2048), "rows");
+  CHECK(!plan::by_lines(16, 16, 1023) && !plan::by_lines(1, 1024, 63), "short lines");
+  CHECK(!plan::by_lines(1, 15, 1024), "a small factor");
 }
 
 void kernels() {
