@@ -45,14 +45,13 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-// RP_MULTIPLY_LOW: the products of the lower halves of 64-bit lanes. RP_AT_LEAST: of 64 aligned halfwords, bit j is
+// RP_MULTIPLY_LOW: the products of the lower halves of 64-bit lanes. at_least: of 64 aligned halfwords, bit j is
 // whether number j is at least the limit.
 #define RP_VECTOR_BYTES 16
 #define RP_ROW_STEP 2
 namespace baseline {
 #if defined(__x86_64__)
 #define RP_MULTIPLY_LOW(a, b) ((Wide)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
-#define RP_AT_LEAST at_least
 inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
   uint64_t bits = 0;
   const __m128i limits = _mm_set1_epi16(static_cast<short>(limit)), zero = _mm_setzero_si128();
@@ -66,7 +65,6 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 }
 #else
 #define RP_MULTIPLY_LOW(a, b) (((a) & 0xFFFFFFFFu) * ((b) & 0xFFFFFFFFu))
-#define RP_AT_LEAST at_least
 inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
   uint64_t bits = 0;
   for (int i = 0; i < 64; ++i) bits |= uint64_t{random[i] >= limit} << i;
@@ -119,10 +117,15 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #define RP_ROW_STEP 4
 #define RP_MULTIPLY_LOW(a, b) ((Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b)))
 namespace avx512 {
-inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
+// The halfwords are the four words of isa_kernels.inl's `Words`.
+inline uint64_t at_least(const __m512i* words, uint16_t limit) {
   const __m512i limits = _mm512_set1_epi16(static_cast<short>(limit));
-  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_load_si512(random), limits);
-  return low | uint64_t{_mm512_cmpge_epu16_mask(_mm512_load_si512(random + 32), limits)} << 32;
+  const auto narrow = [&](int i) { return _mm512_maskz_cvtepi64_epi32(0xFF, words[i]); };  // half 0, half 1
+  const __m512i first = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(0)), narrow(1), 1);
+  const __m512i second = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(2)), narrow(3), 1);
+  const __m512i low = _mm512_maskz_shuffle_i64x2(0xFF, first, second, 0x88);
+  const __m512i high = _mm512_maskz_shuffle_i64x2(0xFF, first, second, 0xDD);
+  return _mm512_cmpge_epu16_mask(low, limits) | uint64_t{_mm512_cmpge_epu16_mask(high, limits)} << 32;
 }
 #include "cpu/isa_kernels.inl"
 }  // namespace avx512
@@ -270,7 +273,6 @@ void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropo
 #pragma GCC pop_options
 #endif
 #endif
-#undef RP_AT_LEAST
 
 #if defined(__x86_64__)
 // AMD from Zen 5 on computes with 512 bits at a time where Zen 4 takes two turns; MKL keeps to AVX2 on either.

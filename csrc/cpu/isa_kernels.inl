@@ -1,49 +1,60 @@
 // The loops of isa.h, included by isa.cpp once for each instruction set inside a namespace of its own, with
-// RP_VECTOR_BYTES, RP_ROW_STEP, RP_MULTIPLY_LOW and RP_AT_LEAST set. Vectors are the compiler's own extension, so that
-// one text serves them all.
+// RP_VECTOR_BYTES, RP_ROW_STEP and RP_MULTIPLY_LOW set and at_least defined. Vectors are the compiler's own extension,
+// so that one text serves them all.
 
-// Four words of eight Philox calls as 64 halfwords in the order of their columns: lanes are (half, q), and word w of
-// lane (half, q) holds the halfwords of the column pair 16·half + 4·w + q (device/philox.cuh, turned around).
-inline void halfwords(const Dropout& dropout, int64_t row, int64_t block, uint16_t* out) {
-  typedef uint64_t Wide __attribute__((vector_size(RP_VECTOR_BYTES)));
-  typedef uint32_t Narrow __attribute__((vector_size(RP_VECTOR_BYTES / 2)));
-  constexpr int kLanes = RP_VECTOR_BYTES / 8, kRun = kLanes < 4 ? kLanes : 4;
-  for (int first = 0; first < 8; first += kLanes) {
-    Wide c2, c3;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      c2[lane] = static_cast<uint32_t>(4 * block) + uint32_t(first + lane) % 4;
-      c3[lane] = 2 * dropout.stream + uint32_t(first + lane) / 4;
-    }
-    // A product reads the lower halves alone, so that what is in the upper ones may stay.
-    Wide c0 = Wide{} + static_cast<uint64_t>(row), c1 = Wide{} + (static_cast<uint64_t>(row) >> 32);
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Wide p0 = RP_MULTIPLY_LOW(c0, (Wide{} + uint64_t{0xD2511F53u}));
-      const Wide p1 = RP_MULTIPLY_LOW(c2, (Wide{} + uint64_t{0xCD9E8D57u}));
-      c0 = (p1 >> 32) ^ c1 ^ (Wide{} + uint64_t{k0});
-      c2 = (p0 >> 32) ^ c3 ^ (Wide{} + uint64_t{k1});
-      c1 = p1;
-      c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    const Wide words[4] = {c0, c1, c2, c3};
-    for (int word = 0; word < 4; ++word) {
-      const Narrow low = __builtin_convertvector(words[word], Narrow);
-      for (int run = 0; run < kLanes; run += kRun) {
-        const int half = (first + run) / 4, q = (first + run) % 4;
-        std::memcpy(out + 2 * (16 * half + 4 * word + q), reinterpret_cast<const char*>(&low) + 4 * run, 4 * kRun);
-      }
-    }
+// The words of eight Philox calls, of which a vector holds kPhiloxLanes, in the lower halves of 64-bit lanes. Lanes are
+// (half, q), and word w of lane (half, q) holds the halfwords of the column pair 16·half + 4·w + q
+// (device/philox.cuh, turned around).
+typedef uint64_t Wide __attribute__((vector_size(RP_VECTOR_BYTES), may_alias));
+constexpr int kPhiloxLanes = RP_VECTOR_BYTES / 8;
+struct Words {
+  Wide word[4];
+};
+
+inline Words philox(const Dropout& dropout, int64_t row, int64_t block, int first) {
+  alignas(64) static constexpr uint64_t kQ[] = {0, 1, 2, 3, 0, 1, 2, 3}, kHalf[] = {0, 0, 0, 0, 1, 1, 1, 1};
+  const Wide c2_lanes = *reinterpret_cast<const Wide*>(kQ + first);
+  const Wide c3_lanes = *reinterpret_cast<const Wide*>(kHalf + first);
+  Wide c2 = c2_lanes + 4 * static_cast<uint64_t>(block), c3 = c3_lanes + 2 * uint64_t{dropout.stream};
+  // A product reads the lower halves alone, so that what is in the upper ones may stay.
+  Wide c0 = Wide{} + static_cast<uint64_t>(row), c1 = Wide{} + (static_cast<uint64_t>(row) >> 32);
+  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const Wide p0 = RP_MULTIPLY_LOW(c0, (Wide{} + uint64_t{0xD2511F53u}));
+    const Wide p1 = RP_MULTIPLY_LOW(c2, (Wide{} + uint64_t{0xCD9E8D57u}));
+    c0 = (p1 >> 32) ^ c1 ^ (Wide{} + uint64_t{k0});
+    c2 = (p0 >> 32) ^ c3 ^ (Wide{} + uint64_t{k1});
+    c1 = p1;
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
   }
+  return {{c0, c1, c2, c3}};
 }
 
 // Bit j: column 64 block + j is kept.
 inline uint64_t kept(const Dropout& dropout, int64_t row, int64_t block) {
   if (dropout.threshold >= 65536) return 0;
+  const uint16_t limit = static_cast<uint16_t>(dropout.threshold);
+#if RP_VECTOR_BYTES == 64
+  const Words words = philox(dropout, row, block, 0);
+  return at_least(reinterpret_cast<const __m512i*>(words.word), limit);
+#else
+  typedef uint32_t Narrow __attribute__((vector_size(RP_VECTOR_BYTES / 2)));
+  constexpr int kRun = kPhiloxLanes < 4 ? kPhiloxLanes : 4;
   alignas(64) uint16_t random[64];
-  halfwords(dropout, row, block, random);
-  return RP_AT_LEAST(random, static_cast<uint16_t>(dropout.threshold));
+  for (int first = 0; first < 8; first += kPhiloxLanes) {
+    const Words words = philox(dropout, row, block, first);
+    for (int word = 0; word < 4; ++word) {
+      const Narrow low = __builtin_convertvector(words.word[word], Narrow);
+      for (int run = 0; run < kPhiloxLanes; run += kRun) {
+        const int half = (first + run) / 4, q = (first + run) % 4;
+        std::memcpy(random + 2 * (16 * half + 4 * word + q), reinterpret_cast<const char*>(&low) + 4 * run, 4 * kRun);
+      }
+    }
+  }
+  return at_least(random, limit);
+#endif
 }
 
 template <class Acc>
