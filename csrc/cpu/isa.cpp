@@ -121,8 +121,8 @@ namespace avx512 {
 inline uint64_t at_least(const __m512i* words, uint16_t limit) {
   const __m512i limits = _mm512_set1_epi16(static_cast<short>(limit));
   const auto narrow = [&](int i) { return _mm512_maskz_cvtepi64_epi32(0xFF, words[i]); };  // half 0, half 1
-  const __m512i first = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(0)), narrow(1), 1);
-  const __m512i second = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(2)), narrow(3), 1);
+  const __m512i first = _mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(narrow(0)), narrow(1), 1);
+  const __m512i second = _mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(narrow(2)), narrow(3), 1);
   const __m512i low = _mm512_maskz_shuffle_i64x2(0xFF, first, second, 0x88);
   const __m512i high = _mm512_maskz_shuffle_i64x2(0xFF, first, second, 0xDD);
   return _mm512_cmpge_epu16_mask(low, limits) | uint64_t{_mm512_cmpge_epu16_mask(high, limits)} << 32;
