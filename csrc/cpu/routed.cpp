@@ -1,8 +1,9 @@
 // forward:  state of the condition -> T = X̃ Aᵀ + b -> Z = act(ρ(T, state)) -> out = s Z B̂ᵀ + bias + x -> out += X Wᵀ
 //           (or + base, where a foreign layer gave the base's output)
 // backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
-// The base layer's product comes last and accumulates, so that no second full-size tensor exists. What is rank-wide (T,
-// Z, G, dT, V) lives in Acc; nothing else is kept between the steps.
+// The base layer's product comes last and accumulates, so that no second full-size tensor exists; or, where it is ours,
+// in one pass with the update's. What is rank-wide (T, Z, G, dT, V) lives in Acc, or in bfloat16 where the input is of
+// it and only products take it; nothing else is kept between the steps.
 #include "cpu/routed.h"
 
 #include <algorithm>
