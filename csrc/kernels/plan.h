@@ -80,8 +80,9 @@ struct Processor {
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. float16 stays here: the library has no product of it worth the name on a CPU.
 constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k) {
-  if (std::min({m, n, k}) < 8 || double(m) * double(n) * double(k) < 8e6) return false;
-  if (dtype == Dtype::kBFloat16) return processor.native_bfloat16;
+  const double products = double(m) * double(n) * double(k);
+  if (std::min({m, n, k}) < 8 || products < 8e6) return false;
+  if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= 16e6;
   return dtype != Dtype::kFloat16 && !processor.wide_vectors;
 }
 
@@ -98,7 +99,7 @@ constexpr bool by_lines(int64_t rows, int64_t n, int64_t k) {
 constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t n, int64_t k, bool lines) {
   const bool half = dtype == Dtype::kBFloat16, fast = processor.outruns_library;
   if (dtype == Dtype::kFloat16) return true;
-  if (lines && processor.wide_vectors && by_lines(rows, n, k) && (!half || rows <= kFewRows / 2)) return false;
+  if (lines && processor.wide_vectors && by_lines(rows, n, k) && (!half || rows <= kFewRows / 4)) return false;
   if (half) {
     const bool near = n * k <= (rows <= kFewRows / 2 ? int64_t{1} << 22 : int64_t{1} << 21);
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);

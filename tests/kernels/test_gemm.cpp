@@ -199,7 +199,7 @@ void library() {
   const Dtype kOther[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
   for (int options = 0; options < 8; ++options) {
     for (int types = 0; types < 5; ++types) {
-      const int64_t m = 260, n = 130, k = 120;
+      const int64_t m = 260, n = 520, k = 120;
       const Dtype dtype = kOut[types];
       Tensor a(kFactor[types], m, k, Layout::kPadded), b(kOther[types], k, n, Layout::kTransposed), bias(dtype, 1, n),
           residual(dtype, m, n);
@@ -221,6 +221,8 @@ void library() {
       wide ? cpu::gemm<double>(with, theirs, a.matrix(), b.matrix(), e)
            : cpu::gemm<float>(with, theirs, a.matrix(), b.matrix(), e);
       const Dtype product = half ? Dtype::kBFloat16 : dtype;
+      CHECK(plan::library_gemm(product, {false, true}, m, n, k) || product == Dtype::kFloat16,
+            "too small for a library");
       const bool expected = plan::library_gemm(product, cpu::isa<float>().processor, m, n, k) &&
                             !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
                             !(e.accumulate && (e.bias || e.residual));
