@@ -215,18 +215,29 @@ def facts(device: str) -> dict[str, object]:
     if device != "cpu":
         said |= {"CUDA": torch.version.cuda, "nvidia-smi": gpu_facts()}
     else:
-        said |= {"threads": torch.get_num_threads(), "instruction set": routed_peft.build_info().get("cpu_isa", "none")}
+        said |= {"processor": cpu_model(), "threads": torch.get_num_threads()}
+        said |= {"instruction set": routed_peft.build_info().get("cpu_isa", "none")}
     return said | {"copy bandwidth, GB/s": round(copy_bandwidth(device) / 1e9, 1)}
+
+
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def cpu_model() -> str:
+    """What tells processors apart that have the same name, as "family 26, model 2" (AMD's Zen 5)."""
+    said = cpuinfo()
+    return ", ".join(f"{key.removeprefix('cpu ')} {said[key]}" for key in ("cpu family", "model") if key in said)
 
 
 def cpu_name() -> str:
     """The processor and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    name = cpuinfo().get("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
 

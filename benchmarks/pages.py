@@ -30,7 +30,7 @@ Each choice of csrc/kernels/plan.h, timed as planned and forced every way; a cel
 more than {off:.0%} longer than the best way.
 """
 README = """\
-A layer with its frozen base, on {machine}, `{command}`. Medians; after the comma how many times as long as routed_peft
+A layer with its frozen base, on {machine}, by {command}. Medians; after the comma how many times as long as routed_peft
 that is, **bold** where the peer is faster. eager is the layer as one writes it in torch, aten the strongest form in
 plain torch with a backward by hand; peft is a LoRA without a route and base no update at all.
 """
@@ -198,11 +198,14 @@ def readme_block(result: Result) -> str:
     for key in keys:
         shape = f"{key[0]}: {result.shapes[key[0]]['text']}"
         body.append([shape, key[1], key[2], *(times_of(groups[key], peer) for peer in names)])
-    threads = [f"threads: {facts['threads']}"] if "threads" in facts else []
-    machine = [facts["device"], *threads, f"torch {facts['torch']}", facts["date"], f"commit {facts['commit']}"]
+    about = [facts[key] for key in ("processor",) if facts.get(key)]
+    about += [f"threads: {facts['threads']}"] if "threads" in facts else []
+    machine = [facts["device"], *about, f"torch {facts['torch']}", facts["date"], f"commit {facts['commit']}"]
     compared = sum(ratio(group, "aten") is not None for group in groups.values())
     where = "; the last rows are where it loses most" if losses else ""
-    lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=facts["command"]), ""]
+    several = "; " in facts["command"]
+    command = "the commands that the page below names" if several else f"`{facts['command']}`"
+    lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=command), ""]
     lines += table(["layer", "dtype", "", *names], body)
     lines += [paragraph(REST, slower=SLOWER - 1, lost=len(losses), compared=compared, where=where)]
     return "\n".join([*lines, "", paragraph(MORE, name=result.name), MARKS[1]])
