@@ -695,7 +695,8 @@ def test_offloaded_weights_are_fetched_by_their_hooks():
     wanted = logits(model, batch, y)
     accelerate.cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())  # where nothing can be read behind the hooks' back
-    assert torch.equal(logits(model, batch, y), wanted)
+    # Not bit by bit: the base layer runs by itself here, and in one product with its update there.
+    torch.testing.assert_close(logits(model, batch, y), wanted)
 
 
 def test_dropout_follows_the_mode_of_the_layer_it_wraps():

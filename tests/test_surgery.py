@@ -750,4 +750,5 @@ def test_offloaded_weights_are_fetched_by_their_hooks():
     wanted = run(model, batch, y)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())  # where nothing can be read behind the hooks' back
-    assert torch.equal(run(model, batch, y), wanted)
+    # Not bit by bit: the base layer runs by itself here, and in one product with its update there.
+    torch.testing.assert_close(run(model, batch, y), wanted)
