@@ -35,10 +35,11 @@ Epilogue product(const Problem& p) {
   return e;
 }
 
-// Forward the base layer's product has the weight's rows as its columns, backward not.
+// Forward the base layer's product has the weight's rows as its columns, backward not. A Conv1D's weight lies the other
+// way round.
 bool library_base(const Problem& p, bool forward) {
-  const bool planned =
-      plan::library_base(p.dtype, isa<float>().processor, p.x.rows, p.weight.rows, p.weight.cols, forward);
+  const Matrix b = forward ? p.weight.transposed() : p.weight;
+  const bool planned = plan::library_base(p.dtype, isa<float>().processor, p.x.rows, b.cols, b.rows, b.row_stride == 1);
   return plan::chosen(plan::forced.library_base, planned);
 }
 

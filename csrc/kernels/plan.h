@@ -94,8 +94,8 @@ constexpr bool by_lines(int64_t rows, int64_t n, int64_t k) {
 }
 
 // Whether the base layer's product [rows, k] × [k, n] goes to torch's library, or is ours, which takes the update along
-// in one pass over out. `lines`: the weight lies along k, which it does forward. A few rows wait for the memory that it
-// comes from, where it does not stay in a cache.
+// in one pass over out. `lines`: the weight lies along k, as an nn.Linear's does forward. A few rows wait for the
+// memory that it comes from, where it does not stay in a cache.
 constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t n, int64_t k, bool lines) {
   const bool half = dtype == Dtype::kBFloat16, fast = processor.outruns_library;
   if (dtype == Dtype::kFloat16) return true;
