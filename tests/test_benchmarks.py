@@ -291,12 +291,15 @@ def test_a_forced_call_is_the_layer_all_the_same():
             torch.testing.assert_close(gradients[value], gradients[bench_planner.PLANNED], rtol=1e-4, atol=1e-4)
     for choice in ("rank_one", "gram_order"):
         assert kept[choice][0] != kept[choice][1]
-        assert bench_planner.PLANNED in kept[choice] and kept[choice][-1] in (kept[choice][0], kept[choice][1])
+        assert kept[choice][bench_planner.PLANNED] in (kept[choice][0], kept[choice][1])
 
 
 def test_a_choice_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="no choice 'gram'"):
         ops.extension.force("gram", 1)
+    for choice, value in (("gram_order", 2), ("rank_one", -2), ("reduction_splits", 0), ("reduction_splits", 17)):
+        with pytest.raises(ValueError, match=f"value {value} is none of {choice}"):
+            ops.extension.force(choice, value)
 
 
 def test_a_bad_choice_is_shown():

@@ -1,7 +1,8 @@
 // Blocks of out are the unit of parallel work. A block keeps its sums in scratch and walks k in steps: read a tile of a
-// (convert it, drop it), lay b out in panels, run the micro kernels over both. Where several blocks share b it is laid
-// out once for all of them; where k is short, a tile of a serves all columns. The micro kernels take numbers of Acc or,
-// where the caller allows it and the processor has such products, pairs of bfloat16. A few rows are products of lines.
+// (convert it, drop it), lay b out in panels, run the micro kernels over both. A rank-wide b is laid out once for all
+// blocks, and of a large one a block lays out its part for many rows; where k is short, a tile of a serves all columns.
+// A second product (Epilogue::plus) adds to the same sums. The micro kernels take numbers of Acc or, where the caller
+// allows it and the processor has such products, pairs of bfloat16. A few rows are products of lines.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -20,6 +21,7 @@ constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
 // panels stay near, and long runs of a row are written.
 constexpr int64_t kShort = 256, kShortColumns = 512;
 constexpr int64_t kManyRows = 480;     // of a block that lays out its part of a large b itself
+constexpr int64_t kLaid = 1 << 22;     // numbers of b that are laid out at once: never a second x
 constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into where its rows alone are too few
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -332,7 +334,7 @@ void blocked(const Host* host, const Matrix& out, const Factors& factors, const 
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
   const Blocking grid = blocking(out.rows, out.cols, k);
   Array<typename Format::Unit> laid;
-  const bool narrow = !e.plus && std::min(out.cols, k) <= kWide;  // rank-wide: never a second x or weight
+  const bool narrow = !e.plus && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
   if (host != nullptr && grid.row_blocks > 1 && narrow) laid = lay_all<Acc, Format>(*host, factors.b, grid);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, factors, e, grid, block, laid.get());
@@ -495,7 +497,7 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
   const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
   // Ours has sums in float32 where the library would round them.
   if (half && out.dtype != Dtype::kBFloat16 && isa<float>().half.micro[0][0] != nullptr) return false;
-  if (e.plus || !unmasked || (bias && e.accumulate) ||
+  if (e.ours || e.plus || !unmasked || (bias && e.accumulate) ||
       (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
       !plan::chosen(plan::forced.library_gemm,
                     plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols))) {

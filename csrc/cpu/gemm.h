@@ -36,6 +36,7 @@ struct Epilogue {
   Matrix residual;                // + residual [m, n]
   Dropout mask{};                 // ∘ dropout mask of out as a tensor, before everything but alpha
   const Factors* plus = nullptr;  // + plus->a plus->b, plain, of any depth: what saves a second pass over out
+  bool ours = false;              // not the host's library, whatever plan.h says of a product of this size
   bool in_bfloat16 = false;  // both factors may be rounded to bfloat16, as eager would; the sum still is in float32
 };
 

@@ -134,9 +134,8 @@ inline uint64_t at_least(const __m512i* words, uint16_t limit) {
 #undef RP_MULTIPLY_LOW
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(                                                                         \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512"))), \
-    apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options

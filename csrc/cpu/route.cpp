@@ -1,5 +1,6 @@
 // The routes of routed_peft/reference.py, segment by segment. Each formula stands twice: in route_segment for Z, and in
-// backward_segment for the gradients of T and of the state (spec: the gradient table of the paper's routes, README).
+// backward_segment for the gradients of T and of the state, where gram on V makes Z on the way (spec: the gradient
+// table of the paper's routes, README).
 #include "cpu/route.h"
 
 #include <algorithm>

@@ -1,9 +1,9 @@
 // forward:  state of the condition -> T = X̃ Aᵀ + b -> Z = act(ρ(T, state)) -> out = s Z B̂ᵀ + bias + x -> out += X Wᵀ
 //           (or + base, where a foreign layer gave the base's output)
 // backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
-// The base layer's product comes last and accumulates, so that no second full-size tensor exists; or, where it is ours,
-// in one pass with the update's. What is rank-wide (T, Z, G, dT, V) lives in Acc, or in bfloat16 where the input is of
-// it and only products take it; nothing else is kept between the steps.
+// The base layer's product comes last and accumulates, so that no second full-size tensor exists; or, where it is ours
+// and the route is not rank-one, in one pass with the update's. What is rank-wide (T, Z, G, dT, V) lives in Acc, or in
+// bfloat16 where the input is of it and only products take it; nothing else is kept between the steps.
 #include "cpu/routed.h"
 
 #include <algorithm>
@@ -48,6 +48,7 @@ void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matr
   if (out.rows == 0 || out.cols == 0) return;
   if (library && host.library_gemm(out, a, b, 1, accumulate)) return;
   Epilogue e = product(p);
+  e.ours = true;
   e.accumulate = accumulate;
   if (out.dtype == Dtype::kFloat64) {
     gemm<double>(host, out, a, b, e);
@@ -203,6 +204,7 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
       for (const auto& [start, stop] : untouched_columns(p)) {
         const int64_t length = stop - start;
         Epilogue e = product(p);
+        e.ours = true;
         if (p.bias) e.bias = p.bias.block(0, start, 1, length);
         if (residual) e.residual = residual.block(0, start, rows, length);
         gemm<Acc>(host, result.out.block(0, start, rows, length), p.x,

@@ -23,11 +23,15 @@ PYBIND11_MODULE(_C, m) {
             {"by_lines", &Forced::by_lines},         {"reduction_splits", &Forced::reduction_splits}};
         const auto found = choices.find(choice);
         if (found == choices.end()) throw py::value_error("there is no choice '" + choice + "' in csrc/kernels/plan.h");
+        const bool count = choice == "reduction_splits";
+        if (value < -1 || value > (count ? 16 : 1) || (count && value == 0)) {
+          throw py::value_error("value " + std::to_string(value) + " is none of " + choice);
+        }
         plan::forced.*found->second = value;
       },
       py::arg("choice"), py::arg("value"),
       "For benchmarks of the planner: what a choice of csrc/kernels/plan.h comes out as from now on; -1 is as "
-      "planned.");
+      "planned. Not for calls that are traced: their shapes are those of the plan.");
   m.def("build_info", [] {
     py::dict info;
     info["torch_headers"] = TORCH_VERSION;

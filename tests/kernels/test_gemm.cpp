@@ -188,6 +188,7 @@ void products() {
   product<float>(random, 300, 300, 600);  // several blocks each way, several depths
   product<double>(random, 5, 300, 1025);
   product<float>(random, 1025, 5, 300);
+  for (int i = 0; i < 2; ++i) product<float>(random, 290, 4000, 257);  // several tiles of a to a panel of b
 }
 
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the

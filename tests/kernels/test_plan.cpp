@@ -148,7 +148,9 @@ void library() {
   }
   for (const auto& [dtype, processor] :
        {std::pair{Dtype::kFloat32, kNarrow}, {Dtype::kFloat64, kNarrow}, {Dtype::kBFloat16, kHalf}}) {
-    const auto goes = [&](int64_t m, int64_t n, int64_t k) { return plan::library_gemm(dtype, processor, m, n, k); };
+    const auto goes = [dtype = dtype, processor = processor](int64_t m, int64_t n, int64_t k) {
+      return plan::library_gemm(dtype, processor, m, n, k);
+    };
     CHECK(goes(4096, 64, 768), "a large product");
     const int64_t k = dtype == Dtype::kBFloat16 ? 400 : 200;
     CHECK(goes(200, 200, k) && !goes(200, 200, k - 1), "the limit");
