@@ -33,7 +33,11 @@ struct Plain {
   using Number = Acc;
   static constexpr int64_t kEach = 1;
   static constexpr Dtype kNumber = accumulated_dtype<Acc>();
+  static int64_t row_step() { return isa<Acc>().row_step; }
+  static int64_t unit_step() { return 1; }
   static auto micro(int64_t i, int64_t v) { return isa<Acc>().micro[i][v]; }
+  static void open() {}
+  static void close() {}
   static auto lay() { return isa<Acc>().lay_lines; }
   static bool lays(Dtype) { return true; }
 };
@@ -42,10 +46,24 @@ struct Pairs {
   using Number = uint16_t;
   static constexpr int64_t kEach = 2;
   static constexpr Dtype kNumber = Dtype::kBFloat16;
+  static int64_t row_step() { return isa<float>().half.row_step; }
+  static int64_t unit_step() { return isa<float>().half.unit_step; }
   static auto micro(int64_t i, int64_t v) { return isa<float>().half.micro[i][v]; }
+  static void open() {
+    if (unit_step() > 1) isa<float>().half.open();
+  }
+  static void close() {
+    if (unit_step() > 1) isa<float>().half.close();
+  }
   static auto lay() { return isa<float>().half.lay_lines; }
   static bool lays(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat32; }
 };
+
+// Units that `depth` numbers of k are laid out as: what is beyond them is zero.
+template <class Format>
+int64_t units_of(int64_t depth) {
+  return up(depth, Format::kEach * Format::unit_step()) / Format::kEach;
+}
 
 bool plain(const Operand& o) { return o.dropout.threshold == 0 && o.valid == nullptr; }
 
@@ -94,39 +112,43 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
   }
 }
 
-// Lines of k: depth × n from (k0, first) on, as columns of `width` units, `panel` after one another; what is beyond n
-// in the last is zero.
+// Lines of k: depth × n from (k0, first) on, as columns of `width` units, `panel` after one another, of units_of(depth)
+// each; what is beyond n in the last is zero.
 template <class Acc, class Format>
 void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t width,
                  int64_t panel, typename Format::Unit* to) {
   const Matrix m = columns ? o.matrix.transposed() : o.matrix;
   if (plain(o) && m.col_stride == 1 && Format::lays(m.dtype)) {
     Format::lay()(m.at(k0, first), m.dtype, m.row_stride, depth, n, width, panel, to);
-    return;
+  } else {
+    thread_local Scratch<typename Format::Number> scratch;
+    typename Format::Number* lines = scratch.get(depth * n);
+    read_lines<Acc>(o, columns, k0, depth, first, n, lines, n);
+    Format::lay()(lines, Format::kNumber, n, depth, n, width, panel, to);
   }
-  thread_local Scratch<typename Format::Number> scratch;
-  typename Format::Number* lines = scratch.get(depth * n);
-  read_lines<Acc>(o, columns, k0, depth, first, n, lines, n);
-  Format::lay()(lines, Format::kNumber, n, depth, n, width, panel, to);
+  const int64_t filled = up(depth, Format::kEach) / Format::kEach, units = units_of<Format>(depth);
+  for (int64_t j = 0; filled < units && j < n; j += width, to += panel) {
+    std::fill_n(to + filled * width, (units - filled) * width, typename Format::Unit{0});
+  }
 }
 
-// Lines along k: n × depth from (first, k0) on, units [padded n][units of depth]; what is beyond is zero.
+// Lines along k: n × depth from (first, k0) on, units [padded n][units_of(depth)]; what is beyond is zero.
 template <class Acc, class Format>
 void read_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t padded,
                 typename Format::Unit* to) {
   using Number = typename Format::Number;
-  const int64_t numbers = up(depth, Format::kEach);
+  const int64_t numbers = units_of<Format>(depth) * Format::kEach;
   Number* lines = reinterpret_cast<Number*>(to);
   read_lines<Acc>(o, columns, first, n, k0, depth, lines, numbers);
-  for (int64_t i = 0; depth < numbers && i < n; ++i) lines[i * numbers + depth] = Number{0};
+  for (int64_t i = 0; depth < numbers && i < n; ++i) std::fill_n(lines + i * numbers + depth, numbers - depth, Number{0});
   std::fill_n(lines + n * numbers, (padded - n) * numbers, Number{0});
 }
 
-// depth × n of b from (k0, j0) on, as panels of two vectors (the last perhaps of one): [panels][units of depth][width].
+// depth × n of b from (k0, j0) on, as panels of two vectors (the last perhaps of one): [panels][units_of(depth)][width].
 template <class Acc, class Format>
 void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t n, typename Format::Unit* panels) {
   using Unit = typename Format::Unit;
-  const int64_t lanes = isa<Acc>().lanes, padded = up(n, lanes), units = up(depth, Format::kEach) / Format::kEach;
+  const int64_t lanes = isa<Acc>().lanes, padded = up(n, lanes), units = units_of<Format>(depth);
   const int64_t wide = padded / (2 * lanes) * 2 * lanes;  // columns in panels of two vectors
   if (!lines_are_columns(b)) {
     if (wide > 0) {
@@ -222,7 +244,7 @@ Blocking blocking(int64_t m, int64_t n, int64_t k) {
 template <class Acc, class Format>
 int64_t laid_at(int64_t j0, int64_t cols, int64_t k0, int64_t k) {
   const int64_t lanes = isa<Acc>().lanes;
-  return up(j0, lanes) * (up(k, Format::kEach) / Format::kEach) + up(cols, lanes) * (k0 / Format::kEach);
+  return up(j0, lanes) * units_of<Format>(k) + up(cols, lanes) * (k0 / Format::kEach);
 }
 
 // Micro kernels' rows for `left` that remain: as many as three steps, and none left over that one kernel cannot take.
@@ -260,23 +282,24 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
   const int64_t rows = std::min(grid.rows, out.rows - i0), right = std::min(left + grid.columns, out.cols);
   const int64_t near_rows = rows <= kWide ? rows : kBlockRows;  // a tile's; there are several where b is laid out here
-  const int64_t tile_size = up(near_rows, set.row_step) * kDepth / Format::kEach;
+  const int64_t row_step = Format::row_step(), tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
   const bool keep = !e.plus && factors.a.matrix.cols <= kShort;  // a's tile serves all columns; there is one step
   thread_local Scratch<Acc> sum_scratch;
-  thread_local Scratch<Unit> tile_scratch, panel_scratch;
+  thread_local Scratch<Unit> tile_scratch, panel_scratch, across_scratch;
+  const bool turns = Format::unit_step() > 1;
   Unit* tile = tile_scratch.get(tile_size);
   Epilogue last = e;
   if (e.plus) last.alpha = 1, last.mask = {};
   for (int64_t j0 = left; j0 < right; j0 += grid.near) {
     const int64_t cols = std::min(grid.near, right - j0), ld = up(cols, set.lanes);
-    Acc* sums = sum_scratch.get(up(rows, set.row_step) * ld);
-    std::fill_n(sums, up(rows, set.row_step) * ld, Acc{0});
+    Acc* sums = sum_scratch.get(up(rows, row_step) * ld);
+    std::fill_n(sums, up(rows, row_step) * ld, Acc{0});
     for (const Factors* f = &factors; f != nullptr; f = f == e.plus ? nullptr : e.plus) {
       if (f == e.plus) scale_sums(i0, j0, rows, cols, sums, ld, e);
       const bool columns = lines_are_columns(f->a), final = f == e.plus || !e.plus;
       const int64_t k = f->a.matrix.cols;
       for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-        const int64_t depth = std::min(kDepth, k - k0), units = up(depth, Format::kEach) / Format::kEach;
+        const int64_t depth = std::min(kDepth, k - k0), units = units_of<Format>(depth);
         const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
         if (panels == nullptr) {
           Unit* fresh = panel_scratch.get(ld * kDepth / Format::kEach);
@@ -284,24 +307,30 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           panels = fresh;
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
-          const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, set.row_step);
+          const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, row_step);
           if (!keep || j0 == left) {
-            if (columns) {
+            if (columns && turns) {
+              Unit* across = across_scratch.get(tile_size);
+              read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, 0, across);
+              for (int64_t u = 0; u < units; u += set.lanes) {
+                set.turn(across + u * padded, padded, padded, tile + u, units);
+              }
+            } else if (columns) {
               read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, 0, tile);
             } else {
               read_along<Acc, Format>(f->a, false, k0, i0 + part, depth, part_rows, padded, tile);
             }
           }
-          const int64_t a_row = columns ? 1 : units, a_col = columns ? padded : 1;
+          const int64_t a_row = columns && !turns ? 1 : units, a_col = columns && !turns ? padded : 1;
           for (int64_t i = 0, taken; i < padded; i += taken) {
-            taken = strip_rows(padded - i, set.row_step);
+            taken = strip_rows(padded - i, row_step);
             const int64_t real = std::min(taken, part_rows - i);
             Acc* strip = sums + (part + i) * ld;
             const bool done = final && k0 + depth == k;
             if (done) expect(out, i0 + part + i, j0, real, cols);
             for (int64_t j = 0; j < ld; j += 2 * set.lanes) {
               const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
-              Format::micro(taken / set.row_step - 1, vectors - 1)(units, tile + i * a_row, a_row, a_col,
+              Format::micro(taken / row_step - 1, vectors - 1)(units, tile + i * a_row, a_row, a_col,
                                                                    panels + j * units, strip + j, ld);
             }
             if (done) finish(out, i0 + part + i, j0, real, cols, strip, ld, last);
@@ -318,7 +347,7 @@ template <class Acc, class Format>
 Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const Blocking& grid) {
   const int64_t k = b.matrix.rows, n = b.matrix.cols, width = grid.near;
   const int64_t steps = (k + kDepth - 1) / kDepth;
-  Array<typename Format::Unit> laid(up(n, isa<Acc>().lanes) * (up(k, Format::kEach) / Format::kEach));
+  Array<typename Format::Unit> laid(up(n, isa<Acc>().lanes) * units_of<Format>(k));
   parallel(host, (n + width - 1) / width * steps, double(n * k), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t j0 = item / steps * width, k0 = item % steps * kDepth, cols = std::min(width, n - j0);
@@ -337,7 +366,9 @@ void blocked(const Host* host, const Matrix& out, const Factors& factors, const 
   const bool narrow = !e.plus && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
   if (host != nullptr && grid.row_blocks > 1 && narrow) laid = lay_all<Acc, Format>(*host, factors.b, grid);
   const auto run = [&](int64_t begin, int64_t end) {
+    Format::open();
     for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, factors, e, grid, block, laid.get());
+    Format::close();
   };
   if (host == nullptr) return run(0, grid.pieces());
   parallel(*host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);

@@ -1,5 +1,7 @@
 #include "cpu/isa.h"
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +13,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace routed_peft::cpu {
@@ -268,12 +274,82 @@ void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropo
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16")
+#endif
+namespace amx {
+// Eight tiles of 16 rows of 64 bytes: sums 0 to 3, a in 4 and 5, b in 6 and 7.
+void open() {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static constexpr Config kConfig;
+  _tile_loadconfig(&kConfig);
+}
+
+void close() { _tile_release(); }
+
+// Loops::micro for pairs of bfloat16, by tiles of 16 × 16 sums and 16 units of depth. A unit of a row of a and a row of
+// a panel are as TDPBF16PS takes them.
+template <int kTiles, int kVectors>
+void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, float* c,
+           int64_t ldc) {
+  if constexpr (kTiles == 3) {
+    tiles<2, kVectors>(depth, a, a_row, a_col, panel, c, ldc);
+    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, c + 32 * ldc, ldc);
+  } else {
+    constexpr int64_t kPanelRow = kVectors * 64;
+    const int64_t row = a_row * 4, line = ldc * 4;
+    const uint32_t* lower = a + 16 * a_row;
+    float* under = c + 16 * ldc;
+    _tile_loadd(0, c, line);
+    if constexpr (kVectors == 2) _tile_loadd(1, c + 16, line);
+    if constexpr (kTiles == 2) _tile_loadd(2, under, line);
+    if constexpr (kTiles == 2 && kVectors == 2) _tile_loadd(3, under + 16, line);
+    for (int64_t k = 0; k < depth; k += 16) {
+      const uint32_t* right = panel + k * kVectors * 16;
+      _tile_loadd(4, a + k, row);
+      _tile_loadd(6, right, kPanelRow);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kVectors == 2) _tile_loadd(7, right + 16, kPanelRow);
+      if constexpr (kVectors == 2) _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kTiles == 2) _tile_loadd(5, lower + k, row);
+      if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kTiles == 2 && kVectors == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, line);
+    if constexpr (kVectors == 2) _tile_stored(1, c + 16, line);
+    if constexpr (kTiles == 2) _tile_stored(2, under, line);
+    if constexpr (kTiles == 2 && kVectors == 2) _tile_stored(3, under + 16, line);
+  }
+}
+}  // namespace amx
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
 #endif
 
 #if defined(__x86_64__)
+// Tiles are there if the processor has them and the kernel grants their registers to this process.
+bool has_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // of EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBFloat16) != 0 && (d & kTile) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // AMD from Zen 5 on computes with 512 bits at a time where Zen 4 takes two turns; MKL keeps to AVX2 on either.
 bool outruns_mkl() {
   unsigned version = 0, unused[3];
@@ -285,29 +361,45 @@ bool outruns_mkl() {
 template <class Acc>
 Isa<Acc> choose() {
 #if defined(__x86_64__)
+  // Sets are tried from the best one on; one that is named stands for itself and what it builds on.
   const char* wanted = std::getenv("ROUTED_PEFT_ISA");
-  const auto allowed = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
-  const bool any = wanted == nullptr || (std::strcmp(wanted, "baseline") != 0 && std::strcmp(wanted, "avx2") != 0 &&
-                                         std::strcmp(wanted, "avx512") != 0);
+  int best = 3;
+  for (int i = 0; wanted != nullptr && i < 4; ++i) {
+    if (std::strcmp(wanted, std::array{"baseline", "avx2", "avx512", "amx"}[i]) == 0) best = i;
+  }
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || allowed("avx512"))) {
+  if (has_avx512 && best >= 2) {
+    const bool pairs_too = __builtin_cpu_supports("avx512bf16"), tiles_too = pairs_too && best >= 3 && has_tiles();
     Isa<Acc> set =
-        avx512::Loops<Acc>::table("avx512", {true, bool(__builtin_cpu_supports("avx512bf16")), outruns_mkl()});
+        avx512::Loops<Acc>::table(tiles_too ? "amx" : "avx512", {true, pairs_too, outruns_mkl(), tiles_too});
     if constexpr (std::is_same_v<Acc, float>) {
       using namespace avx512;
-      if (set.processor.native_bfloat16) {
-        set.half = {{{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
+      if (pairs_too) {
+        set.half = {4,
+                    1,
+                    {{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
+                    nullptr,
+                    nullptr,
                     round_lines,
                     lay_pairs,
                     dots,
                     mask_run};
       }
+      if (tiles_too) {
+        using amx::tiles;
+        set.half.row_step = set.half.unit_step = 16;
+        constexpr Isa<float>::Micro<uint32_t> kTiles[3][2] = {
+            {tiles<1, 1>, tiles<1, 2>}, {tiles<2, 1>, tiles<2, 2>}, {tiles<3, 1>, tiles<3, 2>}};
+        for (int i = 0; i < 3; ++i) std::copy_n(kTiles[i], 2, set.half.micro[i]);
+        set.half.open = amx::open;
+        set.half.close = amx::close;
+      }
     }
     return set;
   }
-  if (has_avx2 && (any || allowed("avx2") || allowed("avx512"))) return avx2::Loops<Acc>::table("avx2", {true});
+  if (has_avx2 && best >= 1) return avx2::Loops<Acc>::table("avx2", {true});
 #endif
   return baseline::Loops<Acc>::table("baseline", {});
 }

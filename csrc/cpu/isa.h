@@ -46,7 +46,12 @@ struct Isa {
 
   // What a processor adds that multiplies pairs of bfloat16; all nullptr on others, and where Acc is not float.
   struct Half {
+    // Rows and units that the micro kernels take at a time. Where unit_step is more than one they are AMX's tiles:
+    // then a lies along k (a_col is 1), and a thread's calls stand between open and close.
+    int64_t row_step, unit_step;
     Micro<uint32_t> micro[3][2];
+    void (*open)();
+    void (*close)();
     // load_lines and lay_lines, rounded to bfloat16; the latter takes float32 and bfloat16 and makes units, of which
     // the last holds a zero where depth is odd.
     void (*round_lines)(const void* from, Dtype dtype, int64_t stride, int64_t lines, int64_t n, uint16_t* to,
@@ -60,7 +65,7 @@ struct Isa {
   } half;
 };
 
-// The best set this processor has, or the one that ROUTED_PEFT_ISA=baseline|avx2|avx512 names (for tests; a name it
+// The best set this processor has, or the one that ROUTED_PEFT_ISA=baseline|avx2|avx512|amx names (for tests; a name it
 // lacks is ignored).
 template <class Acc>
 const Isa<Acc>& isa();

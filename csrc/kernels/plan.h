@@ -75,6 +75,7 @@ struct Processor {
   bool wide_vectors = false;     // AVX2 or more: ours are as fast as the library's on rank-wide shapes, or faster
   bool native_bfloat16 = false;  // products of bfloat16 pairs, which the library uses
   bool outruns_library = false;  // 512-bit arithmetic at full width, of which the library uses half
+  bool tiles = false;            // products of bfloat16 tiles (AMX)
 };
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
