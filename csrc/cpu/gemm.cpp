@@ -98,13 +98,18 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
       continue;
     }
     if constexpr (rounds) {
+      const Number* from = to;
       if (m.dtype == Dtype::kBFloat16 && m.col_stride == 1) {
-        std::memcpy(to, m.at(first + i, offset), size_t(n) * sizeof(Number));
+        from = static_cast<const Number*>(m.at(first + i, offset));
       } else {
         load_row(m, first + i, offset, n, line);
         set.half.round_lines(line, Dtype::kFloat32, n, 1, n, to, n);
       }
-      if (o.dropout.threshold != 0) set.half.mask(to, first + i, offset, n, o.dropout);
+      if (o.dropout.threshold != 0) {
+        set.half.mask(from, first + i, offset, n, o.dropout, to);
+      } else if (from != to) {
+        std::memcpy(to, from, size_t(n) * sizeof(Number));
+      }
     } else {
       load_row(m, first + i, offset, n, to);
       if (o.dropout.threshold != 0) set.drop(to, first + i, offset, n, o.dropout);
@@ -140,11 +145,25 @@ void read_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64
   const int64_t numbers = units_of<Format>(depth) * Format::kEach;
   Number* lines = reinterpret_cast<Number*>(to);
   read_lines<Acc>(o, columns, first, n, k0, depth, lines, numbers);
-  for (int64_t i = 0; depth < numbers && i < n; ++i) std::fill_n(lines + i * numbers + depth, numbers - depth, Number{0});
+  for (int64_t i = 0; depth < numbers && i < n; ++i)
+    std::fill_n(lines + i * numbers + depth, numbers - depth, Number{0});
   std::fill_n(lines + n * numbers, (padded - n) * numbers, Number{0});
 }
 
-// depth × n of b from (k0, j0) on, as panels of two vectors (the last perhaps of one): [panels][units_of(depth)][width].
+// The lines of k of an operand as they lie, `ld` units after one another; nullptr where they are no such units.
+template <class Format>
+const typename Format::Unit* lines_in_place(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth,
+                                            int64_t* ld) {
+  const Matrix m = columns ? o.matrix.transposed() : o.matrix;
+  if (!plain(o) || m.dtype != Format::kNumber || m.col_stride != 1) return nullptr;
+  if (depth % (Format::kEach * Format::unit_step()) != 0 || m.row_stride % Format::kEach != 0) return nullptr;
+  const auto* at = static_cast<const typename Format::Unit*>(m.at(first, k0));
+  *ld = m.row_stride / Format::kEach;
+  return reinterpret_cast<uintptr_t>(at) % alignof(typename Format::Unit) == 0 ? at : nullptr;
+}
+
+// depth × n of b from (k0, j0) on, as panels of two vectors (the last perhaps of one):
+// [panels][units_of(depth)][width].
 template <class Acc, class Format>
 void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t n, typename Format::Unit* panels) {
   using Unit = typename Format::Unit;
@@ -158,22 +177,52 @@ void lay_panels(const Operand& b, int64_t k0, int64_t j0, int64_t depth, int64_t
     return;
   }
   // Lines along k that need no conversion are turned as they lie.
-  const Matrix turned = b.matrix.transposed();
-  const Unit* lines;
   int64_t ld = units;
-  if (Format::kEach == 1 && plain(b) && n == padded && turned.dtype == Format::kNumber && turned.col_stride == 1) {
-    lines = static_cast<const Unit*>(turned.at(j0, k0));
-    ld = turned.row_stride;
-  } else {
+  const Unit* lines = n == padded ? lines_in_place<Format>(b, true, k0, j0, depth, &ld) : nullptr;
+  if (lines == nullptr) {
     thread_local Scratch<Unit> scratch;
     Unit* copy = scratch.get(units * padded);
     read_along<Acc, Format>(b, true, k0, j0, depth, n, padded, copy);
     lines = copy;
+    ld = units;
   }
   for (int64_t j = 0; j < padded; j += lanes) {
     const int64_t width = j < wide ? 2 * lanes : lanes;
     isa<Acc>().turn(lines + j * ld, ld, units, panels + j / width * width * units + j % width, width);
   }
+}
+
+// Rows of a as the micro kernels take them, by strides.
+template <class Unit>
+struct Rows {
+  const Unit* at;
+  int64_t row, col;
+};
+
+// rows × depth of a from (i0, k0) on, laid out in `tile` up to `padded` rows, or as they lie.
+template <class Acc, class Format>
+Rows<typename Format::Unit> read_rows(const Operand& a, int64_t k0, int64_t i0, int64_t depth, int64_t rows,
+                                      int64_t padded, typename Format::Unit* tile) {
+  using Unit = typename Format::Unit;
+  const int64_t units = units_of<Format>(depth);
+  const bool tiles = Format::unit_step() > 1;
+  if (!lines_are_columns(a)) {
+    int64_t ld = 0;
+    const Unit* lines = tiles && rows == padded ? lines_in_place<Format>(a, false, k0, i0, depth, &ld) : nullptr;
+    if (lines != nullptr) return {lines, ld, 1};
+    read_along<Acc, Format>(a, false, k0, i0, depth, rows, padded, tile);
+    return {tile, units, 1};
+  }
+  if (!tiles) {
+    read_across<Acc, Format>(a, true, k0, i0, depth, rows, padded, 0, tile);
+    return {tile, 1, padded};
+  }
+  thread_local Scratch<Unit> scratch;
+  const int64_t lanes = isa<Acc>().lanes;
+  Unit* across = scratch.get(units * padded);
+  read_across<Acc, Format>(a, true, k0, i0, depth, rows, padded, 0, across);
+  for (int64_t u = 0; u < units; u += lanes) isa<Acc>().turn(across + u * padded, padded, padded, tile + u, units);
+  return {tile, units, 1};
 }
 
 // Rows [i0, i0 + rows) of columns [j0, j0 + cols) of out, from their sums.
@@ -285,21 +334,23 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   const int64_t row_step = Format::row_step(), tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
   const bool keep = !e.plus && factors.a.matrix.cols <= kShort;  // a's tile serves all columns; there is one step
   thread_local Scratch<Acc> sum_scratch;
-  thread_local Scratch<Unit> tile_scratch, panel_scratch, across_scratch;
-  const bool turns = Format::unit_step() > 1;
+  thread_local Scratch<Unit> tile_scratch, panel_scratch;
+  Rows<Unit> a{};
   Unit* tile = tile_scratch.get(tile_size);
   Epilogue last = e;
   if (e.plus) last.alpha = 1, last.mask = {};
   for (int64_t j0 = left; j0 < right; j0 += grid.near) {
     const int64_t cols = std::min(grid.near, right - j0), ld = up(cols, set.lanes);
     Acc* sums = sum_scratch.get(up(rows, row_step) * ld);
-    std::fill_n(sums, up(rows, row_step) * ld, Acc{0});
+    const bool empty = factors.a.matrix.cols == 0;
+    if (empty) std::fill_n(sums, up(rows, row_step) * ld, Acc{0});
     for (const Factors* f = &factors; f != nullptr; f = f == e.plus ? nullptr : e.plus) {
       if (f == e.plus) scale_sums(i0, j0, rows, cols, sums, ld, e);
-      const bool columns = lines_are_columns(f->a), final = f == e.plus || !e.plus;
+      const bool final = f == e.plus || !e.plus;
       const int64_t k = f->a.matrix.cols;
       for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
         const int64_t depth = std::min(kDepth, k - k0), units = units_of<Format>(depth);
+        const bool add = empty || f == e.plus || k0 > 0;
         const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
         if (panels == nullptr) {
           Unit* fresh = panel_scratch.get(ld * kDepth / Format::kEach);
@@ -308,20 +359,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
           const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, row_step);
-          if (!keep || j0 == left) {
-            if (columns && turns) {
-              Unit* across = across_scratch.get(tile_size);
-              read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, 0, across);
-              for (int64_t u = 0; u < units; u += set.lanes) {
-                set.turn(across + u * padded, padded, padded, tile + u, units);
-              }
-            } else if (columns) {
-              read_across<Acc, Format>(f->a, true, k0, i0 + part, depth, part_rows, padded, 0, tile);
-            } else {
-              read_along<Acc, Format>(f->a, false, k0, i0 + part, depth, part_rows, padded, tile);
-            }
-          }
-          const int64_t a_row = columns && !turns ? 1 : units, a_col = columns && !turns ? padded : 1;
+          if (!keep || j0 == left) a = read_rows<Acc, Format>(f->a, k0, i0 + part, depth, part_rows, padded, tile);
           for (int64_t i = 0, taken; i < padded; i += taken) {
             taken = strip_rows(padded - i, row_step);
             const int64_t real = std::min(taken, part_rows - i);
@@ -330,8 +368,8 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
             if (done) expect(out, i0 + part + i, j0, real, cols);
             for (int64_t j = 0; j < ld; j += 2 * set.lanes) {
               const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
-              Format::micro(taken / row_step - 1, vectors - 1)(units, tile + i * a_row, a_row, a_col,
-                                                                   panels + j * units, strip + j, ld);
+              Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col,
+                                                               panels + j * units, add, strip + j, ld);
             }
             if (done) finish(out, i0 + part + i, j0, real, cols, strip, ld, last);
           }

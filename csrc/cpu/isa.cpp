@@ -150,7 +150,7 @@ inline uint64_t at_least(const __m512i* words, uint16_t limit) {
 namespace avx512 {
 // Loops::micro for pairs of bfloat16.
 template <int kRows, int kVectors>
-void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, float* c,
+void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, bool add, float* c,
            int64_t ldc) {
   __m512 sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
@@ -167,7 +167,7 @@ void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       float* at = c + i * ldc + v * 16;
-      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum[i][v]));
+      _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sum[i][v]) : sum[i][v]);
     }
   }
 }
@@ -258,7 +258,7 @@ void dots(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, in
   dots_of(std::make_integer_sequence<int, 16>(), a, lda, b, k, c, ldc);
 }
 
-void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
+void mask_run(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, uint16_t* to) {
   for (int64_t done = 0; done < n;) {
     const int64_t first = (column + done) % 64;
     const int64_t count = n - done < 64 - first ? n - done : 64 - first;
@@ -266,10 +266,46 @@ void mask_run(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropo
     for (int64_t i = 0; i < count; i += 32) {
       const __mmask32 lanes = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
       const __m512i kept_numbers = _mm512_maskz_loadu_epi16(lanes & static_cast<__mmask32>(bits >> i), run + done + i);
-      _mm512_mask_storeu_epi16(run + done + i, lanes, kept_numbers);
+      _mm512_mask_storeu_epi16(to + done + i, lanes, kept_numbers);
     }
     done += count;
   }
+}
+
+inline __m512 from_half(__m256i numbers) {
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, numbers), 16));
+}
+
+// Loops<float>::finish, with the processor's own rounding to bfloat16.
+void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, int64_t row, int64_t column,
+            const float* bias, const void* residual, bool accumulate, Dtype dtype, void* out) {
+  if (dtype != Dtype::kBFloat16) {
+    return Loops<float>::finish(sum, n, alpha, dropout, row, column, bias, residual, accumulate, dtype, out);
+  }
+  uint16_t* const target = static_cast<uint16_t*>(out);
+  const uint16_t* const added = static_cast<const uint16_t*>(residual);
+  const __m512 factor = _mm512_set1_ps(alpha), scale = _mm512_set1_ps(dropout ? float(dropout->scale()) : 1);
+  for (int64_t done = 0; done < n;) {
+    const int64_t first = dropout ? (column + done) % 64 : 0, count = n - done < 64 - first ? n - done : 64 - first;
+    const uint64_t bits = dropout ? kept(*dropout, row, (column + done) / 64) >> first : ~uint64_t{0};
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = first_of(count - i);
+      const int64_t j = done + i;
+      __m512 value = _mm512_mul_ps(factor, _mm512_maskz_loadu_ps(lanes, sum + j));
+      if (dropout) value = _mm512_maskz_mul_ps(static_cast<__mmask16>(bits >> i), value, scale);
+      if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + j));
+      if (added) value = _mm512_add_ps(value, from_half(_mm256_maskz_loadu_epi16(lanes, added + j)));
+      if (accumulate) value = _mm512_add_ps(value, from_half(_mm256_maskz_loadu_epi16(lanes, target + j)));
+      _mm256_mask_storeu_epi16(target + j, lanes, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+    done += count;
+  }
+}
+
+// Loops<float>::store, the same.
+void store(const float* from, int64_t n, Dtype dtype, void* to) {
+  if (dtype == Dtype::kBFloat16) return round_lines(from, Dtype::kFloat32, n, 1, n, static_cast<uint16_t*>(to), n);
+  Loops<float>::store(from, n, dtype, to);
 }
 }  // namespace avx512
 #if defined(__clang__)
@@ -297,20 +333,27 @@ void close() { _tile_release(); }
 // Loops::micro for pairs of bfloat16, by tiles of 16 × 16 sums and 16 units of depth. A unit of a row of a and a row of
 // a panel are as TDPBF16PS takes them.
 template <int kTiles, int kVectors>
-void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, float* c,
+void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, bool add, float* c,
            int64_t ldc) {
   if constexpr (kTiles == 3) {
-    tiles<2, kVectors>(depth, a, a_row, a_col, panel, c, ldc);
-    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, c + 32 * ldc, ldc);
+    tiles<2, kVectors>(depth, a, a_row, a_col, panel, add, c, ldc);
+    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, add, c + 32 * ldc, ldc);
   } else {
     constexpr int64_t kPanelRow = kVectors * 64;
     const int64_t row = a_row * 4, line = ldc * 4;
     const uint32_t* lower = a + 16 * a_row;
     float* under = c + 16 * ldc;
-    _tile_loadd(0, c, line);
-    if constexpr (kVectors == 2) _tile_loadd(1, c + 16, line);
-    if constexpr (kTiles == 2) _tile_loadd(2, under, line);
-    if constexpr (kTiles == 2 && kVectors == 2) _tile_loadd(3, under + 16, line);
+    if (add) {
+      _tile_loadd(0, c, line);
+      if constexpr (kVectors == 2) _tile_loadd(1, c + 16, line);
+      if constexpr (kTiles == 2) _tile_loadd(2, under, line);
+      if constexpr (kTiles == 2 && kVectors == 2) _tile_loadd(3, under + 16, line);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int64_t k = 0; k < depth; k += 16) {
       const uint32_t* right = panel + k * kVectors * 16;
       _tile_loadd(4, a + k, row);
@@ -372,20 +415,16 @@ Isa<Acc> choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && best >= 2) {
     const bool pairs_too = __builtin_cpu_supports("avx512bf16"), tiles_too = pairs_too && best >= 3 && has_tiles();
-    Isa<Acc> set =
-        avx512::Loops<Acc>::table(tiles_too ? "amx" : "avx512", {true, pairs_too, outruns_mkl(), tiles_too});
+    Isa<Acc> set = avx512::Loops<Acc>::table(tiles_too ? "amx" : "avx512", {true, pairs_too, outruns_mkl(), tiles_too});
     if constexpr (std::is_same_v<Acc, float>) {
       using namespace avx512;
       if (pairs_too) {
-        set.half = {4,
-                    1,
-                    {{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
-                    nullptr,
-                    nullptr,
-                    round_lines,
-                    lay_pairs,
-                    dots,
-                    mask_run};
+        set.store = avx512::store;
+        set.finish = avx512::finish;
+        set.half = {
+            4,         1,       {{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
+            nullptr,   nullptr, round_lines,
+            lay_pairs, dots,    mask_run};
       }
       if (tiles_too) {
         using amx::tiles;

@@ -11,11 +11,11 @@ namespace routed_peft::cpu {
 // Acc is float, or double where the tensors are.
 template <class Acc>
 struct Isa {
-  // c (leading dimension ldc) += Σ_k a(i, k) panel[k, :] over `depth` units; a by strides, the panel contiguous and
-  // aligned. A unit is a number, or two neighbours in k as bfloat16 (the first in the lower half).
+  // c (leading dimension ldc) = Σ_k a(i, k) panel[k, :] over `depth` > 0 units, + c if `add`; a by strides, the panel
+  // contiguous and aligned. A unit is a number, or two neighbours in k as bfloat16 (the first in the lower half).
   template <class Unit>
-  using Micro = void (*)(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel, Acc* c,
-                         int64_t ldc);
+  using Micro = void (*)(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel, bool add,
+                         Acc* c, int64_t ldc);
 
   const char* name;
   plan::Processor processor;
@@ -60,8 +60,8 @@ struct Isa {
                       int64_t panel, uint32_t* to);
     // dots of bfloat16 alone.
     void (*dots)(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, int64_t k, Acc* c, int64_t ldc);
-    // A run of bfloat16, dropped and not scaled.
-    void (*mask)(uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
+    // to = a run of bfloat16, which may be `to`, dropped and not scaled.
+    void (*mask)(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, uint16_t* to);
   } half;
 };
 

@@ -69,7 +69,8 @@ struct Loops {
   static Vector at(const Acc* p) { return *reinterpret_cast<const Loose*>(p); }
 
   template <int kRows, int kVectors>
-  static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, Acc* c, int64_t ldc) {
+  static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, bool add, Acc* c,
+                    int64_t ldc) {
     // In chains of kChain additions, each from zero: short chains round less than one long one, at some cost in speed
     // (tests/test_accuracy.py is what longer ones fail).
     constexpr int64_t kChain = 64;
@@ -87,8 +88,12 @@ struct Loops {
         }
       }
       for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Loose*>(c + i * ldc + v * kLanes) += sum[i][v];
+        for (int v = 0; v < kVectors; ++v) {
+          Acc* to = c + i * ldc + v * kLanes;
+          *reinterpret_cast<Loose*>(to) = add ? at(to) + sum[i][v] : sum[i][v];
+        }
       }
+      add = true;
     }
   }
 
