@@ -276,7 +276,8 @@ inline __m512 from_half(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, numbers), 16));
 }
 
-// Loops<float>::finish, with the processor's own rounding to bfloat16.
+// Loops<float>::finish with the processor's own rounding to bfloat16, which makes zeros of what is below 2^-126, as its
+// products do.
 void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, int64_t row, int64_t column,
             const float* bias, const void* residual, bool accumulate, Dtype dtype, void* out) {
   if (dtype != Dtype::kBFloat16) {
@@ -300,12 +301,6 @@ void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, in
     }
     done += count;
   }
-}
-
-// Loops<float>::store, the same.
-void store(const float* from, int64_t n, Dtype dtype, void* to) {
-  if (dtype == Dtype::kBFloat16) return round_lines(from, Dtype::kFloat32, n, 1, n, static_cast<uint16_t*>(to), n);
-  Loops<float>::store(from, n, dtype, to);
 }
 }  // namespace avx512
 #if defined(__clang__)
@@ -419,7 +414,6 @@ Isa<Acc> choose() {
     if constexpr (std::is_same_v<Acc, float>) {
       using namespace avx512;
       if (pairs_too) {
-        set.store = avx512::store;
         set.finish = avx512::finish;
         set.half = {
             4,         1,       {{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
