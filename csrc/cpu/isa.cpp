@@ -51,10 +51,12 @@ inline uint16_t to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-// RP_MULTIPLY_LOW: the products of the lower halves of 64-bit lanes. at_least: of 64 aligned halfwords, bit j is
+// RP_MULTIPLY_LOW: the products of the lower halves of 64-bit lanes. RP_UPPER: the upper halves as lower ones, with
+// anything above. at_least: of 64 aligned halfwords, bit j is
 // whether number j is at least the limit.
 #define RP_VECTOR_BYTES 16
 #define RP_ROW_STEP 2
+#define RP_UPPER(v) ((v) >> 32)
 namespace baseline {
 #if defined(__x86_64__)
 #define RP_MULTIPLY_LOW(a, b) ((Wide)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
@@ -82,6 +84,7 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #undef RP_VECTOR_BYTES
 #undef RP_ROW_STEP
 #undef RP_MULTIPLY_LOW
+#undef RP_UPPER
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -92,6 +95,7 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #endif
 #define RP_VECTOR_BYTES 32
 #define RP_ROW_STEP 2
+#define RP_UPPER(v) ((v) >> 32)
 #define RP_MULTIPLY_LOW(a, b) ((Wide)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 namespace avx2 {
 inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
@@ -111,6 +115,7 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #undef RP_VECTOR_BYTES
 #undef RP_ROW_STEP
 #undef RP_MULTIPLY_LOW
+#undef RP_UPPER
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
@@ -121,16 +126,18 @@ inline uint64_t at_least(const uint16_t* random, uint16_t limit) {
 #endif
 #define RP_VECTOR_BYTES 64
 #define RP_ROW_STEP 4
+// By a shuffle, which has another port than products and shifts.
+#define RP_UPPER(v) ((Wide)_mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)(v), _MM_PERM_DDBB))
 #define RP_MULTIPLY_LOW(a, b) ((Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b)))
 namespace avx512 {
-// The halfwords are the four words of isa_kernels.inl's `Words`.
+// The halfwords are the four words of isa_kernels.inl's `Words`, in the lower halves of their lanes.
 inline uint64_t at_least(const __m512i* words, uint16_t limit) {
-  const __m512i limits = _mm512_set1_epi16(static_cast<short>(limit));
-  const auto narrow = [&](int i) { return _mm512_maskz_cvtepi64_epi32(0xFF, words[i]); };  // half 0, half 1
-  const __m512i first = _mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(narrow(0)), narrow(1), 1);
-  const __m512i second = _mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(narrow(2)), narrow(3), 1);
-  const __m512i low = _mm512_maskz_shuffle_i64x2(0xFF, first, second, 0x88);
-  const __m512i high = _mm512_maskz_shuffle_i64x2(0xFF, first, second, 0xDD);
+  alignas(64) static constexpr int32_t kLow[] = {0, 2, 4, 6, 1, 3, 5, 7, 16, 18, 20, 22, 17, 19, 21, 23};
+  const __m512i limits = _mm512_set1_epi16(static_cast<short>(limit)), order = _mm512_load_si512(kLow);
+  const __m512i first = _mm512_mask_shuffle_epi32(words[0], 0xAAAA, words[1], _MM_PERM_CCAA);
+  const __m512i second = _mm512_mask_shuffle_epi32(words[2], 0xAAAA, words[3], _MM_PERM_CCAA);
+  const __m512i low = _mm512_permutex2var_epi32(first, order, second);
+  const __m512i high = _mm512_permutex2var_epi32(first, _mm512_add_epi32(order, _mm512_set1_epi32(8)), second);
   return _mm512_cmpge_epu16_mask(low, limits) | uint64_t{_mm512_cmpge_epu16_mask(high, limits)} << 32;
 }
 #include "cpu/isa_kernels.inl"
@@ -138,6 +145,7 @@ inline uint64_t at_least(const __m512i* words, uint16_t limit) {
 #undef RP_VECTOR_BYTES
 #undef RP_ROW_STEP
 #undef RP_MULTIPLY_LOW
+#undef RP_UPPER
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
@@ -259,10 +267,11 @@ void dots(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, in
 }
 
 void mask_run(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, uint16_t* to) {
+  const Keys keys(dropout);
   for (int64_t done = 0; done < n;) {
     const int64_t first = (column + done) % 64;
     const int64_t count = n - done < 64 - first ? n - done : 64 - first;
-    const uint64_t bits = kept(dropout, row, (column + done) / 64) >> first;
+    const uint64_t bits = kept(dropout, keys, row, (column + done) / 64) >> first;
     for (int64_t i = 0; i < count; i += 32) {
       const __mmask32 lanes = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
       const __m512i kept_numbers = _mm512_maskz_loadu_epi16(lanes & static_cast<__mmask32>(bits >> i), run + done + i);
@@ -285,10 +294,11 @@ void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, in
   }
   uint16_t* const target = static_cast<uint16_t*>(out);
   const uint16_t* const added = static_cast<const uint16_t*>(residual);
+  const Keys keys(dropout ? *dropout : Dropout{});
   const __m512 factor = _mm512_set1_ps(alpha), scale = _mm512_set1_ps(dropout ? float(dropout->scale()) : 1);
   for (int64_t done = 0; done < n;) {
     const int64_t first = dropout ? (column + done) % 64 : 0, count = n - done < 64 - first ? n - done : 64 - first;
-    const uint64_t bits = dropout ? kept(*dropout, row, (column + done) / 64) >> first : ~uint64_t{0};
+    const uint64_t bits = dropout ? kept(*dropout, keys, row, (column + done) / 64) >> first : ~uint64_t{0};
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 lanes = first_of(count - i);
       const int64_t j = done + i;

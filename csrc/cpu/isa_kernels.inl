@@ -1,5 +1,5 @@
 // The loops of isa.h, included by isa.cpp once for each instruction set inside a namespace of its own, with
-// RP_VECTOR_BYTES, RP_ROW_STEP and RP_MULTIPLY_LOW set and at_least defined. Vectors are the compiler's own extension,
+// RP_VECTOR_BYTES, RP_ROW_STEP, RP_MULTIPLY_LOW and RP_UPPER set and at_least defined. Vectors are the compiler's own extension,
 // so that one text serves them all.
 
 // The words of eight Philox calls, of which a vector holds kPhiloxLanes, in the lower halves of 64-bit lanes. Lanes are
@@ -11,40 +11,50 @@ struct Words {
   Wide word[4];
 };
 
-inline Words philox(const Dropout& dropout, int64_t row, int64_t block, int first) {
+// The keys of all rounds, once for a run of calls: to make them costs as much as the rounds.
+struct Keys {
+  uint64_t of_c0[kPhiloxRounds], of_c2[kPhiloxRounds];
+
+  explicit Keys(const Dropout& dropout) {
+    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      of_c0[round] = k0;
+      of_c2[round] = k1;
+    }
+  }
+};
+
+inline Words philox(const Dropout& dropout, const Keys& keys, int64_t row, int64_t block, int first) {
   alignas(64) static constexpr uint64_t kQ[] = {0, 1, 2, 3, 0, 1, 2, 3}, kHalf[] = {0, 0, 0, 0, 1, 1, 1, 1};
   const Wide c2_lanes = *reinterpret_cast<const Wide*>(kQ + first);
   const Wide c3_lanes = *reinterpret_cast<const Wide*>(kHalf + first);
   Wide c2 = c2_lanes + 4 * static_cast<uint64_t>(block), c3 = c3_lanes + 2 * uint64_t{dropout.stream};
   // A product reads the lower halves alone, so that what is in the upper ones may stay.
   Wide c0 = Wide{} + static_cast<uint64_t>(row), c1 = Wide{} + (static_cast<uint64_t>(row) >> 32);
-  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const Wide p0 = RP_MULTIPLY_LOW(c0, (Wide{} + uint64_t{0xD2511F53u}));
     const Wide p1 = RP_MULTIPLY_LOW(c2, (Wide{} + uint64_t{0xCD9E8D57u}));
-    c0 = (p1 >> 32) ^ c1 ^ (Wide{} + uint64_t{k0});
-    c2 = (p0 >> 32) ^ c3 ^ (Wide{} + uint64_t{k1});
+    c0 = RP_UPPER(p1) ^ c1 ^ (Wide{} + keys.of_c0[round]);
+    c2 = RP_UPPER(p0) ^ c3 ^ (Wide{} + keys.of_c2[round]);
     c1 = p1;
     c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }
 
 // Bit j: column 64 block + j is kept.
-inline uint64_t kept(const Dropout& dropout, int64_t row, int64_t block) {
+inline uint64_t kept(const Dropout& dropout, const Keys& keys, int64_t row, int64_t block) {
   if (dropout.threshold >= 65536) return 0;
   const uint16_t limit = static_cast<uint16_t>(dropout.threshold);
 #if RP_VECTOR_BYTES == 64
-  const Words words = philox(dropout, row, block, 0);
+  const Words words = philox(dropout, keys, row, block, 0);
   return at_least(reinterpret_cast<const __m512i*>(words.word), limit);
 #else
   typedef uint32_t Narrow __attribute__((vector_size(RP_VECTOR_BYTES / 2)));
   constexpr int kRun = kPhiloxLanes < 4 ? kPhiloxLanes : 4;
   alignas(64) uint16_t random[64];
   for (int first = 0; first < 8; first += kPhiloxLanes) {
-    const Words words = philox(dropout, row, block, first);
+    const Words words = philox(dropout, keys, row, block, first);
     for (int word = 0; word < 4; ++word) {
       const Narrow low = __builtin_convertvector(words.word[word], Narrow);
       for (int run = 0; run < kPhiloxLanes; run += kRun) {
@@ -196,11 +206,12 @@ struct Loops {
   }
 
   static void drop(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
+    const Keys keys(dropout);
     const Acc scale = static_cast<Acc>(dropout.scale());
     for (int64_t done = 0; done < n;) {
       const int64_t first = (column + done) % 64;
       const int64_t count = n - done < 64 - first ? n - done : 64 - first;
-      select(run + done, count, kept(dropout, row, (column + done) / 64) >> first, scale);
+      select(run + done, count, kept(dropout, keys, row, (column + done) / 64) >> first, scale);
       done += count;
     }
   }
