@@ -53,6 +53,13 @@ void scale_factors(const Problem& p, Acc* factor) {
   }
 }
 
+// Whether a vector condition's products take bfloat16 factors: each condition is one row as it is, so that nothing is
+// rounded that was not.
+bool half_rows(const Problem& p) {
+  return p.dtype == Dtype::kBFloat16 && p.y.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16 &&
+         p.conditions.rows == p.conditions.count && p.drop_y.threshold == 0;
+}
+
 template <class Acc>
 void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y) {
   const int64_t conditions = p.conditions.count, features = p.y.cols;
@@ -76,7 +83,9 @@ void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y) {
       for (int64_t j = 0; j < n; ++j) sum[j] *= weight;
     }
   });
-  gemm<Acc>(host, acc(v, conditions, p.width), acc(pooled_y, conditions, features), p.c.transposed());
+  Epilogue exact;
+  exact.in_bfloat16 = half_rows(p);
+  gemm<Acc>(host, acc(v, conditions, p.width), acc(pooled_y, conditions, features), p.c.transposed(), exact);
   if (!p.b_c) return;
   Array<Acc> bias(p.width);
   load_row(p.b_c, 0, 0, p.width, bias.get());
@@ -184,6 +193,7 @@ void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const A
   if (dc) {
     Epilogue added;
     added.accumulate = add_dc;
+    added.in_bfloat16 = half_rows(p) && dc.dtype == Dtype::kBFloat16;
     gemm<Acc>(host, dc, dv_matrix.transposed(), acc(pooled_y, conditions, features), added);
   }
   if (db_c) {
@@ -196,7 +206,9 @@ void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const A
   }
   if (!dy) return;
   Array<Acc> dpooled(conditions * features);
-  gemm<Acc>(host, acc(dpooled.get(), conditions, features), dv_matrix, p.c);
+  Epilogue rounded;
+  rounded.in_bfloat16 = half_rows(p);
+  gemm<Acc>(host, acc(dpooled.get(), conditions, features), dv_matrix, p.c, rounded);
   parallel(host, conditions, 2.0 * double(p.conditions.rows * features), [&](int64_t begin, int64_t end) {
     thread_local Scratch<Acc> line_scratch, old_scratch;
     Acc* line = line_scratch.get(features);

@@ -20,8 +20,10 @@ constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
 // Up to this k all of a block's rows of a are kept, for columns that are worked on kShortColumns at a time: their
 // panels stay near, and long runs of a row are written.
 constexpr int64_t kShort = 256, kShortColumns = 512;
-constexpr int64_t kManyRows = 480;     // of a block that lays out its part of a large b itself
-constexpr int64_t kLaid = 1 << 22;     // numbers of b that are laid out at once: never a second x
+constexpr int64_t kNearColumns = 96;  // of a block, for which rows of a are multiplied as they lie wherever they do
+constexpr int64_t kManyRows = 480;    // of a block that lays out its part of a large b itself
+constexpr int64_t kLaid = 1 << 22;    // numbers of b that are laid out at once: never a second x
+constexpr int64_t kCacheLine = 64, kAheadBytes = 2048;  // how far lines are asked for before they are read
 constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into where its rows alone are too few
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -92,7 +94,13 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
   }
   thread_local Scratch<Acc> scratch;
   Acc* line = scratch.get(n);
+  // To draw a mask takes about as long as to wait for memory, and one would not overlap with the other.
+  const int64_t size = element_size(m.dtype), ahead = std::max<int64_t>(kAheadBytes / (n * size), 1);
   for (int64_t i = 0; i < lines; ++i, to += ld) {
+    if (m.col_stride == 1 && i + ahead < lines) {
+      const char* at = static_cast<const char*>(m.at(first + i + ahead, offset));
+      for (int64_t byte = 0; byte < n * size; byte += kCacheLine) __builtin_prefetch(at + byte);
+    }
     if (o.valid != nullptr && !o.valid[first + i]) {
       std::fill_n(to, n, Number{0});
       continue;
@@ -126,10 +134,14 @@ void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int6
   if (plain(o) && m.col_stride == 1 && Format::lays(m.dtype)) {
     Format::lay()(m.at(k0, first), m.dtype, m.row_stride, depth, n, width, panel, to);
   } else {
+    constexpr int64_t kLines = 32;  // at a time, which are still near when they are laid out
     thread_local Scratch<typename Format::Number> scratch;
-    typename Format::Number* lines = scratch.get(depth * n);
-    read_lines<Acc>(o, columns, k0, depth, first, n, lines, n);
-    Format::lay()(lines, Format::kNumber, n, depth, n, width, panel, to);
+    typename Format::Number* lines = scratch.get(kLines * n);
+    for (int64_t k = 0; k < depth; k += kLines) {
+      const int64_t count = std::min(kLines, depth - k);
+      read_lines<Acc>(o, columns, k0 + k, count, first, n, lines, n);
+      Format::lay()(lines, Format::kNumber, n, count, n, width, panel, to + k / Format::kEach * width);
+    }
   }
   const int64_t filled = up(depth, Format::kEach) / Format::kEach, units = units_of<Format>(depth);
   for (int64_t j = 0; filled < units && j < n; j += width, to += panel) {
@@ -199,16 +211,20 @@ struct Rows {
   int64_t row, col;
 };
 
-// rows × depth of a from (i0, k0) on, laid out in `tile` up to `padded` rows, or as they lie.
+// rows × depth of a from (i0, k0) on for products with `cols` columns, laid out in `tile` up to `padded` rows, or as
+// they lie.
 template <class Acc, class Format>
 Rows<typename Format::Unit> read_rows(const Operand& a, int64_t k0, int64_t i0, int64_t depth, int64_t rows,
-                                      int64_t padded, typename Format::Unit* tile) {
+                                      int64_t padded, int64_t cols, typename Format::Unit* tile) {
   using Unit = typename Format::Unit;
   const int64_t units = units_of<Format>(depth);
   const bool tiles = Format::unit_step() > 1;
   if (!lines_are_columns(a)) {
+    // Rows whose distance is half a page's take each other's place in the cache: too often for many panels.
+    const bool apart = cols <= kNearColumns || a.matrix.row_stride * element_size(a.matrix.dtype) % 2048 != 0;
     int64_t ld = 0;
-    const Unit* lines = tiles && rows == padded ? lines_in_place<Format>(a, false, k0, i0, depth, &ld) : nullptr;
+    const Unit* lines =
+        tiles && apart && rows == padded ? lines_in_place<Format>(a, false, k0, i0, depth, &ld) : nullptr;
     if (lines != nullptr) return {lines, ld, 1};
     read_along<Acc, Format>(a, false, k0, i0, depth, rows, padded, tile);
     return {tile, units, 1};
@@ -265,7 +281,7 @@ Blocking blocking(int64_t m, int64_t n, int64_t k) {
   Blocking grid{};
   const auto spread = [](int64_t size, int64_t most) {  // blocks of much the same size
     const int64_t count = (size + most - 1) / most;
-    return up((size + count - 1) / count, 4);
+    return up((size + count - 1) / count, 16);
   };
   if (k <= kShort) {
     grid.rows = m <= kBlockRows ? m : kBlockRows;
@@ -304,11 +320,10 @@ int64_t strip_rows(int64_t left, int64_t step) {
 
 // rows × cols from (i, j) on are about to be written: their way into the cache overlaps with the products.
 void expect(const Matrix& out, int64_t i, int64_t j, int64_t rows, int64_t cols) {
-  constexpr int64_t kLine = 64;
   if (out.col_stride != 1) return;
   for (int64_t row = i; row < i + rows; ++row) {
     const char* at = static_cast<const char*>(out.at(row, j));
-    for (int64_t byte = 0; byte < cols * element_size(out.dtype); byte += kLine) __builtin_prefetch(at + byte, 1);
+    for (int64_t byte = 0; byte < cols * element_size(out.dtype); byte += kCacheLine) __builtin_prefetch(at + byte, 1);
   }
 }
 
@@ -359,7 +374,8 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
           const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, row_step);
-          if (!keep || j0 == left) a = read_rows<Acc, Format>(f->a, k0, i0 + part, depth, part_rows, padded, tile);
+          if (!keep || j0 == left)
+            a = read_rows<Acc, Format>(f->a, k0, i0 + part, depth, part_rows, padded, cols, tile);
           for (int64_t i = 0, taken; i < padded; i += taken) {
             taken = strip_rows(padded - i, row_step);
             const int64_t real = std::min(taken, part_rows - i);
@@ -492,7 +508,8 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
 template <class Acc>
 void product(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
   const Factors& largest = e.plus ? *e.plus : factors;
-  const bool planned = plan::by_lines(out.rows, out.cols, largest.b.matrix.rows);
+  const bool tiles = e.in_bfloat16 && isa<float>().processor.tiles;
+  const bool planned = plan::by_lines(tiles, out.rows, out.cols, largest.b.matrix.rows);
   const bool by_lines = out.rows <= plan::kFewRows && plan::chosen(plan::forced.by_lines, planned) &&
                         readable_lines<Acc>(factors.b) && readable_lines<Acc>(largest.b);
   if constexpr (std::is_same_v<Acc, float>) {

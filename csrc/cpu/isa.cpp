@@ -218,6 +218,8 @@ void round_lines(const void* from, Dtype dtype, int64_t stride, int64_t lines, i
 void lay_pairs(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width, int64_t panel,
                uint32_t* to) {
   const __m512i order = alternating();
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   const char* source = static_cast<const char*>(from);
   const int64_t size = element_size(dtype), units = (depth + 1) / 2;
   for (int64_t k = 0; k < units; ++k) {
@@ -225,6 +227,13 @@ void lay_pairs(const void* from, Dtype dtype, int64_t stride, int64_t depth, int
     const bool both = 2 * k + 1 < depth;
     for (int64_t j = 0; j < n; j += width) {
       uint32_t* target = to + j / width * panel + k * width;
+      if (dtype == Dtype::kBFloat16 && both && width == 32 && j + 32 <= n) {  // unpacked by quarters, which are sorted
+        const __m512i first = _mm512_loadu_si512(even + j * size), second = _mm512_loadu_si512(odd + j * size);
+        const __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
+        _mm512_storeu_si512(target, _mm512_permutex2var_epi64(low, front, high));
+        _mm512_storeu_si512(target + 16, _mm512_permutex2var_epi64(low, back, high));
+        continue;
+      }
       for (int64_t i = 0; i < width; i += 16) {  // lanes beyond n are zero
         const int64_t left = n - j - i, at = (j + i) * size;
         const __mmask16 lanes = first_of(left > 0 ? left : 0), second = both ? lanes : __mmask16{0};
@@ -311,6 +320,27 @@ void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, in
     }
     done += count;
   }
+}
+
+// Loops<float>::store. The processor's own rounding to bfloat16 makes zeros of what is below 2^-126, and this does not.
+void store(const float* from, int64_t n, Dtype dtype, void* to) {
+  constexpr int kSubnormal = 0x20;
+  constexpr int64_t kChunk = 64;
+  int64_t i = 0;
+  for (; dtype == Dtype::kBFloat16 && i + kChunk <= n; i += kChunk) {
+    uint16_t* const target = static_cast<uint16_t*>(to) + i;
+    const __m512 a = _mm512_loadu_ps(from + i), b = _mm512_loadu_ps(from + i + 16);
+    const __m512 c = _mm512_loadu_ps(from + i + 32), d = _mm512_loadu_ps(from + i + 48);
+    const __mmask16 first = _mm512_fpclass_ps_mask(a, kSubnormal) | _mm512_fpclass_ps_mask(b, kSubnormal);
+    const __mmask16 second = _mm512_fpclass_ps_mask(c, kSubnormal) | _mm512_fpclass_ps_mask(d, kSubnormal);
+    if ((first | second) != 0) {
+      Loops<float>::store(from + i, kChunk, dtype, target);
+      continue;
+    }
+    _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    _mm512_storeu_si512(target + 32, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+  }
+  Loops<float>::store(from + i, n - i, dtype, static_cast<char*>(to) + i * element_size(dtype));
 }
 }  // namespace avx512
 #if defined(__clang__)
@@ -415,15 +445,18 @@ Isa<Acc> choose() {
   for (int i = 0; wanted != nullptr && i < 4; ++i) {
     if (std::strcmp(wanted, std::array{"baseline", "avx2", "avx512", "amx"}[i]) == 0) best = i;
   }
+  const bool intel = __builtin_cpu_is("intel");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && best >= 2) {
     const bool pairs_too = __builtin_cpu_supports("avx512bf16"), tiles_too = pairs_too && best >= 3 && has_tiles();
-    Isa<Acc> set = avx512::Loops<Acc>::table(tiles_too ? "amx" : "avx512", {true, pairs_too, outruns_mkl(), tiles_too});
+    Isa<Acc> set =
+        avx512::Loops<Acc>::table(tiles_too ? "amx" : "avx512", {true, pairs_too, outruns_mkl(), tiles_too, intel});
     if constexpr (std::is_same_v<Acc, float>) {
       using namespace avx512;
       if (pairs_too) {
+        set.store = avx512::store;
         set.finish = avx512::finish;
         set.half = {
             4,         1,       {{pairs<4, 1>, pairs<4, 2>}, {pairs<8, 1>, pairs<8, 2>}, {pairs<12, 1>, pairs<12, 2>}},
@@ -442,7 +475,7 @@ Isa<Acc> choose() {
     }
     return set;
   }
-  if (has_avx2 && best >= 1) return avx2::Loops<Acc>::table("avx2", {true});
+  if (has_avx2 && best >= 1) return avx2::Loops<Acc>::table("avx2", {true, false, false, false, intel});
 #endif
   return baseline::Loops<Acc>::table("baseline", {});
 }

@@ -76,22 +76,24 @@ struct Processor {
   bool native_bfloat16 = false;  // products of bfloat16 pairs, which the library uses
   bool outruns_library = false;  // 512-bit arithmetic at full width, of which the library uses half
   bool tiles = false;            // products of bfloat16 tiles (AMX)
+  bool library_leads = false;    // Intel: in float32 and float64 the library is faster on rank-wide shapes too
 };
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. float16 stays here: the library has no product of it worth the name on a CPU.
 constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k) {
   const double products = double(m) * double(n) * double(k);
-  if (std::min({m, n, k}) < 8 || products < 8e6) return false;
-  if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= 16e6;
-  return dtype != Dtype::kFloat16 && !processor.wide_vectors;
+  if (std::min({m, n, k}) < 8 || products < (processor.library_leads ? 1.5e6 : 8e6)) return false;
+  if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= (processor.tiles ? 4e8 : 16e6);
+  return dtype != Dtype::kFloat16 && (!processor.wide_vectors || processor.library_leads);
 }
 
 // A product [rows, k] × [k, n] of a few rows takes its second factor line by line as it lies, if the lines are long: to
 // lay it out takes longer than the product. Not a small one, whose numbers would depend on how many rows share a call.
+// `tiles`: the product is one of tiles, of which a few rows leave most empty, but which are that much faster.
 constexpr int64_t kFewRows = 16;
-constexpr bool by_lines(int64_t rows, int64_t n, int64_t k) {
-  return rows <= kFewRows && k >= 64 * rows && n * k >= 16384;
+constexpr bool by_lines(bool tiles, int64_t rows, int64_t n, int64_t k) {
+  return rows <= (tiles ? 2 : kFewRows) && k >= 64 * rows && n * k >= 16384;
 }
 
 // Whether the base layer's product [rows, k] × [k, n] goes to torch's library, or is ours, which takes the update along
@@ -100,7 +102,12 @@ constexpr bool by_lines(int64_t rows, int64_t n, int64_t k) {
 constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t n, int64_t k, bool lines) {
   const bool half = dtype == Dtype::kBFloat16, fast = processor.outruns_library;
   if (dtype == Dtype::kFloat16) return true;
-  if (lines && processor.wide_vectors && by_lines(rows, n, k) && (!half || rows <= kFewRows / 4)) return false;
+  if (lines && processor.wide_vectors && by_lines(half && processor.tiles, rows, n, k) &&
+      (!half || rows <= kFewRows / 4))
+    return false;
+  if (half && processor.tiles) {
+    return !(n * k <= int64_t{1} << (rows <= 2 * kFewRows ? 22 : 20) && rows <= 1024);
+  }
   if (half) {
     const bool near = n * k <= (rows <= kFewRows / 2 ? int64_t{1} << 22 : int64_t{1} << 21);
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);

@@ -136,23 +136,33 @@ void splits() {
 }
 
 void library() {
-  constexpr plan::Processor kNarrow{false, false}, kWide{true, false}, kHalf{true, true};
+  constexpr plan::Processor kNarrow{}, kWide{true}, kHalf{true, true}, kTiles{true, true, false, true};
+  constexpr plan::Processor kIntel{true, true, false, true, true};
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64}) {
     CHECK(!plan::library_gemm(dtype, kWide, 4096, 4096, 4096), "ours with wide vectors");
     CHECK(!plan::library_gemm(dtype, kHalf, 4096, 4096, 4096), "ours with wide vectors");
   }
   CHECK(!plan::library_gemm(Dtype::kBFloat16, kNarrow, 4096, 4096, 4096), "the library would emulate it");
   CHECK(!plan::library_gemm(Dtype::kBFloat16, kWide, 4096, 4096, 4096), "the library would emulate it");
-  for (const plan::Processor processor : {kNarrow, kWide, kHalf}) {
+  for (const plan::Processor processor : {kNarrow, kWide, kHalf, kTiles, kIntel}) {
     CHECK(!plan::library_gemm(Dtype::kFloat16, processor, 4096, 4096, 4096), "float16 stays here");
   }
-  for (const auto& [dtype, processor] :
-       {std::pair{Dtype::kFloat32, kNarrow}, {Dtype::kFloat64, kNarrow}, {Dtype::kBFloat16, kHalf}}) {
+  struct Limit {
+    Dtype dtype;
+    plan::Processor processor;
+    int64_t k;  // of 200 × 200 products, from which on they go
+  };
+  for (const auto& [dtype, processor, k] : {Limit{Dtype::kFloat32, kNarrow, 200},
+                                            {Dtype::kFloat64, kNarrow, 200},
+                                            {Dtype::kFloat32, kIntel, 38},
+                                            {Dtype::kFloat64, kIntel, 38},
+                                            {Dtype::kBFloat16, kHalf, 400},
+                                            {Dtype::kBFloat16, kTiles, 10000},
+                                            {Dtype::kBFloat16, kIntel, 10000}}) {
     const auto goes = [dtype = dtype, processor = processor](int64_t m, int64_t n, int64_t k) {
       return plan::library_gemm(dtype, processor, m, n, k);
     };
-    CHECK(goes(4096, 64, 768), "a large product");
-    const int64_t k = dtype == Dtype::kBFloat16 ? 400 : 200;
+    CHECK(goes(4096, 128, 1024), "a large product");
     CHECK(goes(200, 200, k) && !goes(200, 200, k - 1), "the limit");
     CHECK(!goes(1 << 20, 7, 768) && goes(1 << 20, 8, 768), "thin");
     CHECK(!goes(7, 768, 1 << 20) && !goes(768, 1 << 20, 7), "thin");
@@ -162,7 +172,7 @@ void library() {
 }
 
 void base() {
-  constexpr plan::Processor kNarrow{}, kOrdinary{true, true}, kFast{true, true, true};
+  constexpr plan::Processor kNarrow{}, kOrdinary{true, true}, kFast{true, true, true}, kTiles{true, true, false, true};
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     const bool half = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
     for (const bool lines : {false, true}) {
@@ -177,12 +187,20 @@ void base() {
       CHECK(library(kFast, 32, 512) == (dtype == Dtype::kFloat16), "a weight that stays near");
       CHECK(library(kFast, 8, 1024) == (dtype == Dtype::kFloat16), "a larger one, few rows");
       CHECK(library(kFast, 32, 513) == half && library(kFast, 33, 512) == half, "beyond that");
+      const bool tiles = dtype == Dtype::kBFloat16;
+      CHECK(library(kTiles, 32, 1024) != tiles && library(kTiles, 33, 1024) && library(kTiles, 32, 1025),
+            "near, few rows");
+      CHECK(library(kTiles, 1024, 256) != tiles && library(kTiles, 1025, 256) && library(kTiles, 1024, 257),
+            "more rows");
       CHECK(library(kFast, 2) == (dtype == Dtype::kFloat16 || !lines), "a large one that does not lie along k");
     }
   }
-  CHECK(plan::by_lines(16, 16, 1024) && !plan::by_lines(17, 16, 2048), "rows");
-  CHECK(!plan::by_lines(16, 16, 1023) && !plan::by_lines(1, 1024, 63), "short lines");
-  CHECK(!plan::by_lines(1, 15, 1024), "a small factor");
+  CHECK(plan::by_lines(false, 16, 16, 1024) && !plan::by_lines(false, 17, 16, 2048), "rows");
+  CHECK(plan::by_lines(true, 2, 16, 1024) && !plan::by_lines(true, 3, 16, 2048), "rows of tiles");
+  for (const bool tiles : {false, true}) {
+    CHECK(!plan::by_lines(tiles, 16, 16, 1023) && !plan::by_lines(tiles, 1, 1024, 63), "short lines");
+    CHECK(!plan::by_lines(tiles, 1, 15, 1024), "a small factor");
+  }
 }
 
 void kernels() {
