@@ -33,6 +33,7 @@ def test_bits_do_not_depend_on_threads(routing, dtype):
         torch.set_num_threads(before)
 
 
+SETS = ("baseline", "avx2", "avx512", "amx")
 AGREE = """
 import torch
 from cases import EVERY, Case, worst
@@ -51,7 +52,7 @@ print(build_info()["cpu_isa"])
 """
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", SETS)
 def test_every_instruction_set(isa):
     """Each set that this machine has computes the same operator; one that it lacks falls back to the next lower."""
     here = os.path.dirname(__file__)
@@ -59,6 +60,5 @@ def test_every_instruction_set(isa):
     env = {**os.environ, "ROUTED_PEFT_ISA": isa, "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", AGREE], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    order = ["baseline", "avx2", "avx512"]
     best = build_info()["cpu_isa"]
-    assert run.stdout.strip() == order[min(order.index(isa), order.index(best))]
+    assert run.stdout.strip() == SETS[min(SETS.index(isa), SETS.index(best))]
