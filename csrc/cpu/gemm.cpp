@@ -337,10 +337,11 @@ void scale_sums(int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, i
   }
 }
 
-// Block number `block` of out. `laid`: all of b in panels, or nullptr.
+// Block number `block` of out. `laid`: all of b in panels, or nullptr; of e.plus in the second place. `turned`: out and
+// the factors are turned over, and what e names is not.
 template <class Acc, class Format>
 void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, const Blocking& grid, int64_t block,
-               const typename Format::Unit* laid) {
+               const typename Format::Unit* const* laid, bool turned) {
   using Unit = typename Format::Unit;
   const Isa<Acc>& set = isa<Acc>();
   const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
@@ -348,7 +349,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   const int64_t near_rows = rows <= kWide ? rows : kBlockRows;  // a tile's; there are several where b is laid out here
   const int64_t row_step = Format::row_step(), tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
   const bool keep = !e.plus && factors.a.matrix.cols <= kShort;  // a's tile serves all columns; there is one step
-  thread_local Scratch<Acc> sum_scratch;
+  thread_local Scratch<Acc> sum_scratch, turned_scratch;
   thread_local Scratch<Unit> tile_scratch, panel_scratch;
   Rows<Unit> a{};
   Unit* tile = tile_scratch.get(tile_size);
@@ -359,6 +360,14 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
     Acc* sums = sum_scratch.get(up(rows, row_step) * ld);
     const bool empty = factors.a.matrix.cols == 0;
     if (empty) std::fill_n(sums, up(rows, row_step) * ld, Acc{0});
+    const auto finish_rows = [&](int64_t i, int64_t n) {
+      Acc* const strip = sums + i * ld;
+      if (!turned) return finish(out, i0 + i, j0, n, cols, strip, ld, last);
+      const int64_t width = up(n, set.lanes);
+      Acc* const lines = turned_scratch.get(ld * width);
+      for (int64_t row = 0; row < n; row += set.lanes) set.turn(strip + row * ld, ld, ld, lines + row, width);
+      finish(out.transposed(), j0, i0 + i, cols, n, lines, width, last);
+    };
     for (const Factors* f = &factors; f != nullptr; f = f == e.plus ? nullptr : e.plus) {
       if (f == e.plus) scale_sums(i0, j0, rows, cols, sums, ld, e);
       const bool final = f == e.plus || !e.plus;
@@ -366,8 +375,10 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
       for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
         const int64_t depth = std::min(kDepth, k - k0), units = units_of<Format>(depth);
         const bool add = empty || f == e.plus || k0 > 0;
-        const Unit* panels = laid != nullptr ? laid + laid_at<Acc, Format>(j0, cols, k0, k) : nullptr;
-        if (panels == nullptr) {
+        const Unit* panels = laid[f == e.plus];
+        if (panels != nullptr) {
+          panels += laid_at<Acc, Format>(j0, cols, k0, k);
+        } else {
           Unit* fresh = panel_scratch.get(ld * kDepth / Format::kEach);
           lay_panels<Acc, Format>(f->b, k0, j0, depth, cols, fresh);
           panels = fresh;
@@ -381,17 +392,17 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
             const int64_t real = std::min(taken, part_rows - i);
             Acc* strip = sums + (part + i) * ld;
             const bool done = final && k0 + depth == k;
-            if (done) expect(out, i0 + part + i, j0, real, cols);
+            if (done && !turned) expect(out, i0 + part + i, j0, real, cols);
             for (int64_t j = 0; j < ld; j += 2 * set.lanes) {
               const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
               Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col,
                                                                panels + j * units, add, strip + j, ld);
             }
-            if (done) finish(out, i0 + part + i, j0, real, cols, strip, ld, last);
+            if (done) finish_rows(part + i, real);
           }
         }
       }
-      if (final && k == 0) finish(out, i0, j0, rows, cols, sums, ld, last);
+      if (final && k == 0) finish_rows(0, rows);
     }
   }
 }
@@ -413,15 +424,19 @@ Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const B
 }
 
 template <class Acc, class Format>
-void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
+void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
   const Blocking grid = blocking(out.rows, out.cols, k);
-  Array<typename Format::Unit> laid;
-  const bool narrow = !e.plus && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
-  if (host != nullptr && grid.row_blocks > 1 && narrow) laid = lay_all<Acc, Format>(*host, factors.b, grid);
+  Array<typename Format::Unit> laid[2];
+  const bool narrow = (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
+  if (host != nullptr && grid.row_blocks > 1 && narrow) {
+    laid[0] = lay_all<Acc, Format>(*host, factors.b, grid);
+    if (e.plus) laid[1] = lay_all<Acc, Format>(*host, e.plus->b, grid);
+  }
+  const typename Format::Unit* const all[] = {laid[0].get(), laid[1].get()};
   const auto run = [&](int64_t begin, int64_t end) {
     Format::open();
-    for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, factors, e, grid, block, laid.get());
+    for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, factors, e, grid, block, all, turned);
     Format::close();
   };
   if (host == nullptr) return run(0, grid.pieces());
@@ -517,6 +532,13 @@ void product(const Host* host, const Matrix& out, const Factors& factors, const 
       Epilogue scaled = e;  // dropout's factors here, where they are not rounded
       for (const Operand* o : {&factors.a, &factors.b}) {
         if (o->dropout.threshold != 0) scaled.alpha *= o->dropout.scale();
+      }
+      // Fewer rows than b has lines along k: these are multiplied as they lie.
+      if (!by_lines && tiles && out.rows <= kWide && out.rows < out.cols && e.mask.threshold == 0 &&
+          largest.b.matrix.rows > kShort && lines_are_columns(largest.b)) {
+        const Factors first{factors.b.turned(), factors.a.turned()}, second{largest.b.turned(), largest.a.turned()};
+        if (e.plus) scaled.plus = &second;
+        return blocked<Acc, Pairs>(host, out.transposed(), first, scaled, true);
       }
       if (!by_lines) return blocked<Acc, Pairs>(host, out, factors, scaled);
       if (factors.b.matrix.dtype == Dtype::kBFloat16 && largest.b.matrix.dtype == Dtype::kBFloat16) {
