@@ -20,11 +20,13 @@ constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
 // Up to this k all of a block's rows of a are kept, for columns that are worked on kShortColumns at a time: their
 // panels stay near, and long runs of a row are written.
 constexpr int64_t kShort = 256, kShortColumns = 512;
-constexpr int64_t kNearColumns = 96;  // of a block, for which rows of a are multiplied as they lie wherever they do
-constexpr int64_t kManyRows = 480;    // of a block that lays out its part of a large b itself
-constexpr int64_t kLaid = 1 << 22;    // numbers of b that are laid out at once: never a second x
+constexpr int64_t kNearColumns = 96;    // of a block, for which rows of a are multiplied as they lie wherever they do
+constexpr int64_t kWidest = 1024;       // columns of a block of few rows
+constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
+constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
+constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
 constexpr int64_t kCacheLine = 64, kAheadBytes = 2048;  // how far lines are asked for before they are read
-constexpr int64_t kWantedPieces = 16;  // blocks that a product is cut into where its rows alone are too few
+constexpr int64_t kPieces = 4;  // blocks of a product for each thread, so that the last ones hardly wait for another
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -277,7 +279,8 @@ struct Blocking {
   int64_t pieces() const { return row_blocks * column_blocks; }
 };
 
-Blocking blocking(int64_t m, int64_t n, int64_t k) {
+Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads) {
+  const int64_t wanted = threads > 1 ? kPieces * threads : 1;
   Blocking grid{};
   const auto spread = [](int64_t size, int64_t most) {  // blocks of much the same size
     const int64_t count = (size + most - 1) / most;
@@ -285,18 +288,23 @@ Blocking blocking(int64_t m, int64_t n, int64_t k) {
   };
   if (k <= kShort) {
     grid.rows = m <= kBlockRows ? m : kBlockRows;
-    const int64_t groups = std::max<int64_t>(kWantedPieces * grid.rows / m, 1);
+    const int64_t groups = std::max<int64_t>(wanted * grid.rows / m, 1);
     grid.columns = up((n + groups - 1) / groups, kBlockColumns);
     if (grid.columns > kShortColumns) grid.columns = up(grid.columns, kShortColumns);
     grid.near = std::min(grid.columns, kShortColumns);
   } else if (n <= kWide) {
-    grid.rows = m <= kWide ? m : kBlockRows;
+    grid.rows = m > kWide                                    ? kBlockRows
+                : double(m * n) * double(k) < kSharedProduct ? m
+                                                             : spread(m, (m + threads - 1) / threads);
     grid.columns = grid.near = n;
   } else {  // large both ways: what is laid out of b serves many rows
-    grid.columns = grid.near = m < kBlockRows || m * n < kWantedPieces * kManyRows * kWide ? kBlockColumns : kWide;
+    // Wide ones for few rows, because of which only b's memory counts, and how often a page of it is looked up.
+    const int64_t widest = m < kBlockRows ? kWidest : kWide, row_blocks = (m + kManyRows - 1) / kManyRows;
+    const int64_t fair = up((n * row_blocks + wanted - 1) / wanted, kBlockColumns);
+    grid.columns = grid.near = std::min(fair, widest);
     grid.rows = spread(m, kManyRows);
     const int64_t column_blocks = (n + grid.columns - 1) / grid.columns;
-    while (grid.rows > kBlockRows && (m + grid.rows - 1) / grid.rows * column_blocks < 2 * kWantedPieces) {
+    while (grid.rows > kBlockRows && (m + grid.rows - 1) / grid.rows * column_blocks < wanted) {
       grid.rows = std::max(spread(grid.rows, grid.rows / 2), kBlockRows);
     }
   }
@@ -426,7 +434,7 @@ Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const B
 template <class Acc, class Format>
 void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
-  const Blocking grid = blocking(out.rows, out.cols, k);
+  const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1);
   Array<typename Format::Unit> laid[2];
   const bool narrow = (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
   if (host != nullptr && grid.row_blocks > 1 && narrow) {

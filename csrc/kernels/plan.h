@@ -100,19 +100,21 @@ constexpr bool by_lines(bool tiles, int64_t rows, int64_t n, int64_t k) {
 // in one pass over out. `lines`: the weight lies along k, as an nn.Linear's does forward. A few rows wait for the
 // memory that it comes from, where it does not stay in a cache.
 constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int64_t n, int64_t k, bool lines) {
+  constexpr int64_t kMillion = 1 << 20;
   const bool half = dtype == Dtype::kBFloat16, fast = processor.outruns_library;
-  if (dtype == Dtype::kFloat16) return true;
-  if (lines && processor.wide_vectors && by_lines(half && processor.tiles, rows, n, k) &&
-      (!half || rows <= kFewRows / 4))
-    return false;
+  if (dtype == Dtype::kFloat16 || !processor.wide_vectors) return true;
   if (half && processor.tiles) {
-    return !(n * k <= int64_t{1} << (rows <= 2 * kFewRows ? 22 : 20) && rows <= 1024);
+    const bool few = lines ? rows <= 4 * kFewRows : rows <= (n * k > 4 * kMillion ? kFewRows / 2 : 2 * kFewRows);
+    return !few && (rows > 1024 || n * k > kMillion);
   }
+  const bool as_it_lies = lines && by_lines(false, rows, n, k);
   if (half) {
-    const bool near = n * k <= (rows <= kFewRows / 2 ? int64_t{1} << 22 : int64_t{1} << 21);
+    if (as_it_lies && rows <= kFewRows / 4) return false;
+    const bool near = n * k <= (rows <= kFewRows / 2 ? 4 * kMillion : 2 * kMillion);
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);
   }
-  const bool vector = !lines && rows <= 2 && n * k > int64_t{1} << 22;  // laying the weight out serves too few rows
+  if (as_it_lies) return processor.library_leads && rows == 1 && n * k > 4 * kMillion;
+  const bool vector = !lines && rows <= 2 && n * k > 4 * kMillion;  // laying the weight out serves too few rows
   return !fast || vector;
 }
 

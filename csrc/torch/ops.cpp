@@ -19,6 +19,8 @@ class TorchHost final : public cpu::Host {
     if (count > 0) torch::stable::parallel_for(0, count, 1, body);
   }
 
+  int64_t threads() const override { return torch::stable::get_num_threads(); }
+
   bool library_gemm(const Matrix& out, const Matrix& a, const Matrix& b, double alpha, bool accumulate) const override {
     multiply(aoti_torch_cpu_addmm_out, kCpu, out, a, b, alpha, accumulate);
     return true;

@@ -180,6 +180,7 @@ class SplitHost : public cpu::Host {
     for (int64_t i = parts - 1; i >= 0; --i) start(body, count * i / parts, count * (i + 1) / parts);
     finish();
   }
+  int64_t threads() const override { return parts_; }
   bool library_gemm(const Matrix&, const Matrix&, const Matrix&, double, bool) const override { return false; }
 
  protected:

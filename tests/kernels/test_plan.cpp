@@ -173,6 +173,7 @@ void library() {
 
 void base() {
   constexpr plan::Processor kNarrow{}, kOrdinary{true, true}, kFast{true, true, true}, kTiles{true, true, false, true};
+  constexpr plan::Processor kIntel{true, true, false, true, true};
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     const bool half = dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16;
     for (const bool lines : {false, true}) {
@@ -187,11 +188,15 @@ void base() {
       CHECK(library(kFast, 32, 512) == (dtype == Dtype::kFloat16), "a weight that stays near");
       CHECK(library(kFast, 8, 1024) == (dtype == Dtype::kFloat16), "a larger one, few rows");
       CHECK(library(kFast, 32, 513) == half && library(kFast, 33, 512) == half, "beyond that");
-      const bool tiles = dtype == Dtype::kBFloat16;
-      CHECK(library(kTiles, 32, 1024) != tiles && library(kTiles, 33, 1024) && library(kTiles, 32, 1025),
-            "near, few rows");
-      CHECK(library(kTiles, 1024, 256) != tiles && library(kTiles, 1025, 256) && library(kTiles, 1024, 257),
-            "more rows");
+      if (dtype == Dtype::kBFloat16) {
+        CHECK(library(kTiles, 64) == !lines && library(kTiles, 65), "few rows that are multiplied as they lie");
+        CHECK(!library(kTiles, 32, 1024) && library(kTiles, 65, 1024), "a near weight, few rows");
+        CHECK(!library(kTiles, 8) && library(kTiles, 9) == !lines, "a large one, very few");
+        CHECK(!library(kTiles, 1024, 256) && library(kTiles, 1025, 256) && library(kTiles, 1024, 257), "more rows");
+      } else if (!half) {
+        CHECK(library(kIntel, 1) && !library(kIntel, 1, 1024) == lines, "one row of a large weight, and of a near one");
+        CHECK(library(kIntel, 2) == !lines, "two");
+      }
       CHECK(library(kFast, 2) == (dtype == Dtype::kFloat16 || !lines), "a large one that does not lie along k");
     }
   }
