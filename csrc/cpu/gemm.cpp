@@ -21,7 +21,7 @@ constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
 // panels stay near, and long runs of a row are written.
 constexpr int64_t kShort = 256, kShortColumns = 512;
 constexpr int64_t kNearColumns = 96;    // of a block, for which rows of a are multiplied as they lie wherever they do
-constexpr int64_t kWidest = 1024;       // columns of a block of few rows
+constexpr int64_t kWidest = 512;        // columns of a block of few rows
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
