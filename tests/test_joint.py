@@ -175,11 +175,18 @@ def test_dropout_on_the_condition_draws_each_layer_its_own_mask(products):
 def test_autocast_and_half_precision_are_within_rounding(dtype, rtol):
     joined, apart = pair(bert, lora(["query", "value"]))
     batch, y = batch_of(joined), torch.randn(2, 4, DC)
+    exact = trained(apart, batch, y)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         got, want = trained(joined, batch, y), trained(apart, batch, y)
-    for key in want:
-        assert got[key].dtype == want[key].dtype
-        assert (got[key] - want[key]).norm() <= rtol * want[key].norm(), key
+
+    def error(gradients):  # of all of them: what rounding does to one depends on where it hits
+        return sum(((gradients[key] - exact[key]).norm() / exact[key].norm()).square() for key in exact).sqrt()
+
+    assert all(got[key].dtype == want[key].dtype for key in want)
+    if dtype == torch.float32:
+        assert error(got) <= rtol
+    else:
+        assert error(got) <= 1.2 * error(want)
     for model in (joined, apart):
         model.to(dtype)
     with torch.no_grad():

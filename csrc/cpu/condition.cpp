@@ -140,6 +140,7 @@ void encode_matrix(const Host& host, const Problem& p, const Acc* v, Acc* s) {
       }
       Epilogue scaled;
       scaled.alpha = factor[c];
+      scaled.in_bfloat16 = half_tokens(p);
       gemm_serial<Acc>(acc(s + (c * groups + g) * w * w, w, w), left.transposed(), vg, scaled);
     }
   });
@@ -159,6 +160,7 @@ void matrix_backward(const Host& host, const Problem& p, const Matrix& v, const 
       const Matrix vg = v.block(first, g * w, rows, w), target = dv.block(first, g * w, rows, w);
       Epilogue scaled;
       scaled.alpha = factor[c];
+      scaled.in_bfloat16 = half_tokens(p);
       if (p.routing == Routing::kGram) {  // V (D + Dᵀ)
         Acc* sum = sum_scratch.get(w * w);
         for (int64_t i = 0; i < w; ++i) {

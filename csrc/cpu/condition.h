@@ -14,6 +14,9 @@ struct State {
   const Acc* factor = nullptr;  // and then [conditions], scale by tokens
 };
 
+// Whether V, and what is made of it, may be rounded to bfloat16 as a factor: where its own factors were of it.
+inline bool half_tokens(const Problem& p) { return p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16; }
+
 // What pooling makes of the rows of one condition: `weight` times the sum of its valid rows, or of the first one only.
 struct Pooled {
   int64_t valid = 0;       // valid rows

@@ -122,10 +122,16 @@ struct Work {
   bool on_v() const {
     return state.kind == StateKind::kTokens && (p.routing == Routing::kGram || p.routing == Routing::kGramRelu);
   }
-  // An epilogue for it: T, V and what is made of them may be rounded where V's factors were bfloat16.
+  // For products with S, which eager has in the input's dtype.
+  Epilogue on_matrix(bool accumulate) const {
+    Epilogue e = adding(accumulate);
+    e.in_bfloat16 = p.dtype == Dtype::kBFloat16;
+    return e;
+  }
+  // For gram on V: T, V and what is made of them may be rounded where V's factors were bfloat16.
   Epilogue on_tokens(bool accumulate, double alpha = 1) const {
     Epilogue e = adding(accumulate, alpha);
-    e.in_bfloat16 = p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16;
+    e.in_bfloat16 = half_tokens(p);
     return e;
   }
   double factor(const Segment& s) const { return state.factor != nullptr ? double(state.factor[s.condition]) : 1.0; }
@@ -222,7 +228,7 @@ void route_segment(const Work<Acc>& work, const Segment& s, const Acc* t, Acc* z
         positive_part(t, rows * width, positive);
         left = acc(positive + g * w, rows, w, width);
       }
-      gemm_serial<Acc>(zg, left, acc(work.matrix(s, g), w, w, w));
+      gemm_serial<Acc>(zg, left, acc(work.matrix(s, g), w, w, w), work.on_matrix(false));
       continue;
     }
     if (work.on_v()) {
@@ -313,9 +319,11 @@ void backward_segment(const Work<Acc>& work, const Segment& s, const Acc* t, con
     const Matrix gg = acc(g_all + g * w, rows, w, width), dtg = acc(dt + g * w, rows, w, width);
     const Matrix positive_g = acc(positive + g * w, rows, w, width);
     if (work.state.kind == StateKind::kMatrix) {  // dT = G Sᵀ, dS = T⁽⁺⁾ᵀ G
-      gemm_serial<Acc>(dtg, gg, acc(work.matrix(s, g), w, w, w).transposed());
+      gemm_serial<Acc>(dtg, gg, acc(work.matrix(s, g), w, w, w).transposed(), work.on_matrix(false));
       if (relu) only_where_positive(g);
-      if (dstate) gemm_serial<Acc>(acc(dstate + g * w * w, w, w, w), positive_g.transposed(), gg, adding(true));
+      if (dstate) {
+        gemm_serial<Acc>(acc(dstate + g * w * w, w, w, w), positive_g.transposed(), gg, work.on_matrix(true));
+      }
       continue;
     }
     if (work.on_v()) {  // P = f T Vᵀ, dP = f G Vᵀ: dT = dP V, dV = dPᵀ T + Pᵀ G

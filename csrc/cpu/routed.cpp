@@ -73,9 +73,6 @@ std::vector<std::pair<int64_t, int64_t>> untouched_columns(const Problem& p) {
   return left;
 }
 
-// Whether what is made of V may be rounded to bfloat16: where its factors were of it. A state is not.
-bool half_tokens(const Problem& p) { return p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16; }
-
 // The condition of a call, with the storage behind it.
 template <class Acc>
 struct Condition {
