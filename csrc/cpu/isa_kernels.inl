@@ -1,6 +1,6 @@
 // The loops of isa.h, included by isa.cpp once for each instruction set inside a namespace of its own, with
-// RP_VECTOR_BYTES, RP_ROW_STEP, RP_MULTIPLY_LOW and RP_UPPER set and at_least defined. Vectors are the compiler's own extension,
-// so that one text serves them all.
+// RP_VECTOR_BYTES, RP_ROW_STEP, RP_MULTIPLY_LOW and RP_UPPER set and at_least defined. Vectors are the compiler's own
+// extension, so that one text serves them all.
 
 // The words of eight Philox calls, of which a vector holds kPhiloxLanes, in the lower halves of 64-bit lanes. Lanes are
 // (half, q), and word w of lane (half, q) holds the halfwords of the column pair 16·half + 4·w + q

@@ -104,7 +104,7 @@ constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int6
   const bool half = dtype == Dtype::kBFloat16, fast = processor.outruns_library;
   if (dtype == Dtype::kFloat16 || !processor.wide_vectors) return true;
   if (half && processor.tiles) {
-    const bool few = lines ? rows <= 4 * kFewRows : rows <= (n * k > 4 * kMillion ? kFewRows / 2 : 2 * kFewRows);
+    const bool few = rows <= (lines ? 8 : n * k > 4 * kMillion ? 1 : 2) * kFewRows;
     return !few && (rows > 1024 || n * k > kMillion);
   }
   const bool as_it_lies = lines && by_lines(false, rows, n, k);
@@ -114,8 +114,8 @@ constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int6
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);
   }
   if (as_it_lies) return processor.library_leads && rows == 1 && n * k > 4 * kMillion;
-  const bool vector = !lines && rows <= 2 && n * k > 4 * kMillion;  // laying the weight out serves too few rows
-  return !fast || vector;
+  if (!fast) return rows > 2 * kFewRows || n * k > kMillion || !lines;
+  return !lines && rows <= 2 && n * k > 4 * kMillion;  // laying the weight out serves too few rows
 }
 
 // Rows of a piece of work that never spans two samples.

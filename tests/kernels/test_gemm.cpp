@@ -3,6 +3,7 @@
 #include "kernels/device/philox.cuh"
 #include "kernels/plan.h"
 #include "support.h"
+#include "tiles.h"
 
 namespace routed_peft::test {
 namespace {
@@ -11,7 +12,7 @@ using cpu::Epilogue;
 using cpu::Factors;
 using cpu::Operand;
 
-constexpr int64_t kSizes[] = {0, 1, 7, 8, 9, 31, 33, 63, 65, 127, 129, 255, 257, 300};
+constexpr int64_t kSizes[] = {0, 1, 7, 8, 9, 16, 31, 33, 64, 65, 96, 127, 129, 255, 257, 300, 320};
 constexpr int64_t kSizeCount = std::size(kSizes);
 constexpr uint32_t kThresholds[] = {6554, 32768, 65536};
 
@@ -410,6 +411,7 @@ void chosen_set() {
 
 int main() {
   using namespace routed_peft::test;
+  use_tiles();
   chosen_set();
   half_round_trips<float>();
   half_round_trips<double>();

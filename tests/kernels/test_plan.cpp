@@ -189,11 +189,13 @@ void base() {
       CHECK(library(kFast, 8, 1024) == (dtype == Dtype::kFloat16), "a larger one, few rows");
       CHECK(library(kFast, 32, 513) == half && library(kFast, 33, 512) == half, "beyond that");
       if (dtype == Dtype::kBFloat16) {
-        CHECK(library(kTiles, 64) == !lines && library(kTiles, 65), "few rows that are multiplied as they lie");
-        CHECK(!library(kTiles, 32, 1024) && library(kTiles, 65, 1024), "a near weight, few rows");
-        CHECK(!library(kTiles, 8) && library(kTiles, 9) == !lines, "a large one, very few");
+        CHECK(library(kTiles, 128) == !lines && library(kTiles, 129),
+              "few rows of a weight that is multiplied as it lies");
+        CHECK(!library(kTiles, 32, 1024) && library(kTiles, 33, 1024) == !lines, "a near weight, few rows");
+        CHECK(!library(kTiles, 16) && library(kTiles, 17) == !lines, "a large one, very few");
         CHECK(!library(kTiles, 1024, 256) && library(kTiles, 1025, 256) && library(kTiles, 1024, 257), "more rows");
       } else if (!half) {
+        CHECK(library(kOrdinary, 32, 256) == !lines && library(kOrdinary, 33, 256), "few rows of a near weight");
         CHECK(library(kIntel, 1) && !library(kIntel, 1, 1024) == lines, "one row of a large weight, and of a near one");
         CHECK(library(kIntel, 2) == !lines, "two");
       }

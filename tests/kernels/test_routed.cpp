@@ -3,6 +3,7 @@
 
 #include "cpu/routed.h"
 #include "layer.h"
+#include "tiles.h"
 
 namespace routed_peft::test {
 namespace {
@@ -285,6 +286,7 @@ void padded_inputs() {
 
 int main() {
   using namespace routed_peft::test;
+  use_tiles();
   small_cases(check);
   large_cases(check);
   empty_cases(check);
