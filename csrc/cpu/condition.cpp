@@ -57,7 +57,7 @@ void scale_factors(const Problem& p, Acc* factor) {
 // rounded that was not.
 bool half_rows(const Problem& p) {
   return p.dtype == Dtype::kBFloat16 && p.y.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16 &&
-         p.conditions.rows == p.conditions.count && p.drop_y.threshold == 0;
+         p.conditions.rows == p.conditions.count && p.conditions.offsets == nullptr && p.drop_y.threshold == 0;
 }
 
 template <class Acc>
@@ -111,8 +111,8 @@ void project_tokens(const Host& host, const Problem& p, const Matrix& t, const M
   } else {
     Epilogue with_bias;
     with_bias.bias = p.b_c;
-    // Both as they are: a state is not rounded.
-    with_bias.in_bfloat16 = p.dtype == Dtype::kBFloat16 && p.c.dtype == Dtype::kBFloat16;
+    // Only where both are of it: what is rounded here is in every number of S.
+    with_bias.in_bfloat16 = half_tokens(p);
     gemm<Acc>(host, v, Operand(p.y, p.drop_y, p.condition_mask), p.c.transposed(), with_bias);
   }
   clear_masked(p, v);

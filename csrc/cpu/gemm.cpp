@@ -97,7 +97,8 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
   thread_local Scratch<Acc> scratch;
   Acc* line = scratch.get(n);
   // To draw a mask takes about as long as to wait for memory, and one would not overlap with the other.
-  const int64_t size = element_size(m.dtype), ahead = std::max<int64_t>(kAheadBytes / (n * size), 1);
+  const int64_t size = element_size(m.dtype),
+                ahead = std::max<int64_t>(kAheadBytes / std::max<int64_t>(n * size, 1), 1);
   for (int64_t i = 0; i < lines; ++i, to += ld) {
     if (m.col_stride == 1 && i + ahead < lines) {
       const char* at = static_cast<const char*>(m.at(first + i + ahead, offset));

@@ -17,7 +17,7 @@ class Host {
   // Runs body(begin, end) over parts of [0, count), perhaps on several threads. A part never depends on another one,
   // and a thread finishes the one it has before it takes the next: bodies keep scratch that is the thread's.
   virtual void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) const = 0;
-  // How many parts it makes at most: what a computation is cut by, but never the order of a sum.
+  // How many parts it makes at most, one or more: what a computation is cut by, but never the order of a sum.
   virtual int64_t threads() const = 0;
   // out = alpha · a b (+ out if accumulate) by a vendor library; false where there is none.
   virtual bool library_gemm(const Matrix& out, const Matrix& a, const Matrix& b, double alpha,

@@ -122,7 +122,8 @@ struct Work {
   bool on_v() const {
     return state.kind == StateKind::kTokens && (p.routing == Routing::kGram || p.routing == Routing::kGramRelu);
   }
-  // For products with S, which eager has in the input's dtype.
+  // For products with S, which eager has in the input's dtype; ours is rounded as a factor alone, wherever it comes
+  // from, so that a cached condition gives what an encoded one does.
   Epilogue on_matrix(bool accumulate) const {
     Epilogue e = adding(accumulate);
     e.in_bfloat16 = p.dtype == Dtype::kBFloat16;

@@ -79,14 +79,15 @@ Factor factor(Random& random, Dtype dtype, int64_t rows, int64_t cols) {
 }
 
 // One random product: every kind of operand and epilogue, against plain sums in double, on all hosts bit for bit.
+// `base`: with a base layer's product of that depth in bfloat16, whose weight lies along k.
 template <class Acc>
-void product(Random& random, int64_t m, int64_t n, int64_t k) {
+void product(Random& random, int64_t m, int64_t n, int64_t k, int64_t base = 0) {
   const auto any = [&] { return kDtypes[random.below(4)]; };
   const Factor a = factor(random, any(), m, k), b = factor(random, any(), k, n);
   Epilogue e;
   e.alpha = random.coin() ? 1 : random.uniform();
   e.accumulate = random.coin();
-  e.in_bfloat16 = sizeof(Acc) == 4 && random.coin();
+  e.in_bfloat16 = sizeof(Acc) == 4 && (random.coin() || base > 0);
   Tensor bias, residual;
   if (random.coin()) {
     bias = Tensor(any(), 1, n, static_cast<Layout>(random.below(4)));
@@ -98,13 +99,16 @@ void product(Random& random, int64_t m, int64_t n, int64_t k) {
     residual.fill([&](int64_t, int64_t) { return random.uniform(); });
     e.residual = residual;
   }
-  if (random.below(3) == 0) e.mask = {random.bits(), kThresholds[random.below(3)], 0};
-  const int64_t more = kSizes[random.below(kSizeCount)];
-  Tensor left(any(), m, more, static_cast<Layout>(random.below(4)));
-  Tensor right(any(), more, n, static_cast<Layout>(random.below(4)));
+  if (random.below(3) == 0 && base == 0) e.mask = {random.bits(), kThresholds[random.below(3)], 0};
+  const int64_t more = base > 0 ? base : kSizes[random.below(kSizeCount)];
+  const auto factor_of_second = [&](int64_t rows, int64_t cols, Layout layout) {
+    return base > 0 ? Tensor(Dtype::kBFloat16, rows, cols, layout)
+                    : Tensor(any(), rows, cols, static_cast<Layout>(random.below(4)));
+  };
+  Tensor left = factor_of_second(m, more, Layout::kDense), right = factor_of_second(more, n, Layout::kTransposed);
   for (Tensor* t : {&left, &right}) t->fill([&](int64_t, int64_t) { return random.uniform(); });
   const Factors second{left.matrix(), right.matrix()};
-  if (random.coin()) e.plus = &second;
+  if (random.coin() || base > 0) e.plus = &second;
   const Dtype out_dtype = any();
   const Layout out_layout = static_cast<Layout>(random.below(4));
   Tensor before(out_dtype, m, n, out_layout);  // NaN where nothing is added to it
@@ -190,6 +194,8 @@ void products() {
   product<double>(random, 5, 300, 1025);
   product<float>(random, 1025, 5, 300);
   for (int i = 0; i < 2; ++i) product<float>(random, 290, 4000, 257);  // several tiles of a to a panel of b
+  for (const int64_t rows : {1, 3, 16, 40, 200, 300}) product<float>(random, rows, 400, 24, 352);
+  product<float>(random, 20, 300, 0, 288);
 }
 
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the
