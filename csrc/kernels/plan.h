@@ -114,7 +114,7 @@ constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int6
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);
   }
   if (as_it_lies) return processor.library_leads && rows == 1 && n * k > 4 * kMillion;
-  if (!fast) return rows > 2 * kFewRows || n * k > kMillion || !lines;
+  if (!fast) return rows > 2 * kFewRows || n * k > kMillion;
   return !lines && rows <= 2 && n * k > 4 * kMillion;  // laying the weight out serves too few rows
 }
 
