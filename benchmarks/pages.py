@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
+from collections.abc import Sequence
 
 import peers
 from outcome import OFF, OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio
@@ -165,10 +166,13 @@ def summary(result: Result) -> list[str]:
     return lines
 
 
-def page(result: Result, pictures: list[str]) -> str:
+def page(result: Result, pictures: list[str], others: Sequence[str] = ()) -> str:
+    """The page of a result; ``others`` names those of other machines or times that lie beside it."""
     facts = [f"* {key}: {json.dumps(v) if isinstance(v, dict) else v}" for key, v in result.facts.items()]
     lines = [f"# Benchmarks: {result.facts['device']}", ""]
     lines += [f"By benchmarks/report.py from [{result.name}.json]({result.name}.json).", "", *facts, ""]
+    if others:
+        lines += ["Beside it: " + ", ".join(f"[{name}]({name}.json)" for name in others) + ".", ""]
     if result.notes:
         lines += ["Not measured:", "", *(f"* {note}" for note in result.notes), ""]
     if result.groups():
@@ -189,7 +193,8 @@ def readme_block(result: Result) -> str:
     """What the project's README says of a result, its marks included."""
     groups, facts = result.groups(), result.facts
     first = next(iter(groups))
-    keys = [(name, first[1], way, first[3]) for name, way in SHOWN]
+    dtypes = dict.fromkeys(key[1] for key in groups)
+    keys = [(name, dtype, way, first[3]) for dtype in dtypes for name, way in SHOWN]
     keys = [key for key in keys if key in groups]
     losses = lost(result, "aten")
     keys += [key for key in losses if key not in keys][:2]

@@ -37,7 +37,8 @@ def main() -> None:
     outcome.write_json(result, args.out / f"{result.name}.json")
     outcome.write_csv(result, args.out / f"{result.name}.csv")
     pictures = plots.draw(result, args.out)
-    (args.out / "README.md").write_text(pages.page(result, pictures))
+    others = sorted(path.stem for path in args.out.glob("*.json") if path.stem != result.name)
+    (args.out / "README.md").write_text(pages.page(result, pictures, others))
     print(f"{args.out / result.name}.json and .csv, README.md and {len(pictures)} plots")
 
 

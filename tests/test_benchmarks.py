@@ -198,7 +198,8 @@ def made_up(**medians):
 
 def test_a_cell_that_is_lost_is_shown():
     result = made_up(routed_peft=2e-3, eager=3e-3, aten=1.5e-3, base=1e-3)
-    page, block = pages.page(result, []), pages.readme_block(result)
+    page, block = pages.page(result, [], ["another"]), pages.readme_block(result)
+    assert "Beside it: [another](another.json)." in page
     for text in (page, block):
         assert "1.5 ms, **0.75**" in text  # aten
         assert "3 ms, 1.50" in text  # eager
