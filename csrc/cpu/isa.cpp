@@ -266,7 +266,9 @@ void dots_of(std::integer_sequence<int, kSum...>, const uint16_t* a, int64_t lda
     }
     ((sum[kSum] = _mm512_dpbf16_ps(sum[kSum], row[kSum / 4], other[kSum % 4])), ...);
   }
-  ((c[kSum / 4 * ldc + kSum % 4] = Loops<float>::sum_of((Loops<float>::Vector)sum[kSum])), ...);
+  float totals[sizeof...(kSum)];
+  Loops<float>::sums_of<sizeof...(kSum)>(reinterpret_cast<const Loops<float>::Vector*>(sum), totals);
+  ((c[kSum / 4 * ldc + kSum % 4] = totals[kSum]), ...);
 }
 
 void dots(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, int64_t k, float* c, int64_t ldc) {

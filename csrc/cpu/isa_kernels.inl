@@ -267,6 +267,31 @@ struct Loops {
     return total[0];
   }
 
+  // sum_of for each of kCount vectors, added in the same order.
+  template <int kCount>
+  static void sums_of(const Vector* vectors, Acc* to) {
+    if constexpr (kCount > kLanes) {
+      sums_of<kCount / 2>(vectors, to);
+      sums_of<kCount / 2>(vectors + kCount / 2, to + kCount / 2);
+    } else {
+      constexpr std::make_integer_sequence<int, int(kLanes)> kSequence{};
+      Vector v[kCount];
+      for (int i = 0; i < kCount; ++i) v[i] = vectors[i];
+      // Each round adds halves of two vectors and leaves both in one: a vector's number moves into a lane's.
+      for (int half = kCount / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) {
+          v[i] = zip<0>(v[i], v[i + half], kSequence) + zip<int(kLanes) / 2>(v[i], v[i + half], kSequence);
+        }
+      }
+      Acc line[kLanes];
+      *reinterpret_cast<Loose*>(line) = v[0];
+      for (int64_t half = kLanes / 2; half >= kCount; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) line[i] += line[i + half];
+      }
+      for (int i = 0; i < kCount; ++i) to[i] = line[i];
+    }
+  }
+
   // The sums are told one by one: loops over all of them leave them in memory.
   template <bool kBFloat16, int... kSum>
   static void dots_of(std::integer_sequence<int, kSum...>, const Acc* a, int64_t lda, const void* const* b, int64_t k,
@@ -290,7 +315,9 @@ struct Loops {
       }
       ((sum[kSum] += row[kSum / 4] * other[kSum % 4]), ...);
     }
-    ((c[kSum / 4 * ldc + kSum % 4] = sum_of(sum[kSum])), ...);
+    Acc totals[sizeof...(kSum)];
+    sums_of<sizeof...(kSum)>(sum, totals);
+    ((c[kSum / 4 * ldc + kSum % 4] = totals[kSum]), ...);
     for (; j < k; ++j) {
       for (int i = 0; i < 4; ++i) {
         Acc other;
