@@ -197,3 +197,15 @@ def test_every_route_has_its_own_pooling():
         "expand",
         "cross_gram",
     }
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 2], [0, 2, 4, 4, 4]])
+def test_a_ragged_mean_does_not_depend_on_its_batch(offsets):
+    """As many rows as conditions are not yet one row each, whose mean bfloat16 would hold."""
+    torch.manual_seed(0)
+    x = torch.randn(len(offsets) - 1, 3, 64, dtype=torch.bfloat16)
+    y, A, B = (torch.randn(*size).bfloat16() for size in ((offsets[-1], 64), (16, 64), (40, 16)))
+    options = dict(routing="mul", pool="mean", scaling=1.0, backend="cpu")
+    together = functional.routed_lora(x, A, y, B, condition_cu_seqlens=torch.tensor(offsets), **options)
+    alone = functional.routed_lora(x[:1], A, y[:2], B, condition_cu_seqlens=torch.tensor([0, 2]), **options)
+    assert torch.equal(together[:1], alone)

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -52,8 +53,7 @@ inline uint16_t to_float16(float value) {
 }
 
 // RP_MULTIPLY_LOW: the products of the lower halves of 64-bit lanes. RP_UPPER: the upper halves as lower ones, with
-// anything above. at_least: of 64 aligned halfwords, bit j is
-// whether number j is at least the limit.
+// anything above. at_least: of 64 aligned halfwords, bit j is whether number j is at least the limit.
 #define RP_VECTOR_BYTES 16
 #define RP_ROW_STEP 2
 #define RP_UPPER(v) ((v) >> 32)
@@ -305,11 +305,12 @@ void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, in
   }
   uint16_t* const target = static_cast<uint16_t*>(out);
   const uint16_t* const added = static_cast<const uint16_t*>(residual);
-  const Keys keys(dropout ? *dropout : Dropout{});
+  std::optional<Keys> keys;
+  if (dropout) keys.emplace(*dropout);
   const __m512 factor = _mm512_set1_ps(alpha), scale = _mm512_set1_ps(dropout ? float(dropout->scale()) : 1);
   for (int64_t done = 0; done < n;) {
     const int64_t first = dropout ? (column + done) % 64 : 0, count = n - done < 64 - first ? n - done : 64 - first;
-    const uint64_t bits = dropout ? kept(*dropout, keys, row, (column + done) / 64) >> first : ~uint64_t{0};
+    const uint64_t bits = dropout ? kept(*dropout, *keys, row, (column + done) / 64) >> first : ~uint64_t{0};
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 lanes = first_of(count - i);
       const int64_t j = done + i;
