@@ -19,7 +19,8 @@ def check_routing(routing: str, scale: str, backend: str) -> None:
     """The names of the route, the scale and the backend."""
     one_of("routing", routing, ROUTES)
     one_of("condition_scale", scale, SCALES)
-    one_of("backend", backend, ("auto", *ops.BACKENDS, "reference"))
+    if backend != "auto":
+        one_of("backend", backend, ("auto", *ops.BACKENDS, "reference"))
 
 
 def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Tensor | None) -> None:
@@ -30,11 +31,10 @@ def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Te
             raise ConditionShapeError(f"{name}: {argument} is on {tensor.device}, the {what} on {device}")
 
 
-def check_vectors(name: str, **wanted: tuple[Tensor | None, int]) -> None:
-    """Each of the named biases is a vector of the size beside it, where it is there."""
-    for what, (vector, size) in wanted.items():
-        if vector is not None and tuple(vector.shape) != (size,):
-            raise ConditionShapeError(f"{name}: {what} must be [{size}], got {tuple(vector.shape)}")
+def check_vector(name: str, what: str, vector: Tensor | None, size: int) -> None:
+    """A bias, where it is there, is a vector of ``size``."""
+    if vector is not None and tuple(vector.shape) != (size,):
+        raise ConditionShapeError(f"{name}: {what} must be [{size}], got {tuple(vector.shape)}")
 
 
 def check_seed(name: str, seed: Tensor | None, x: Tensor) -> None:

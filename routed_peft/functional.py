@@ -29,7 +29,7 @@ from .checks import (
     check_mask,
     check_routing,
     check_seed,
-    check_vectors,
+    check_vector,
     output_layout,
     sample_layout,
 )
@@ -239,7 +239,7 @@ def encode_condition(
     pool = resolve_pool(routing, pool)
     y = check_condition(name, y, C, None, shared=False)
     check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)
-    check_vectors(name, b_C=(b_C, C.shape[0]))
+    check_vector(name, "b_C", b_C, C.shape[0])
     y = y.to(compute_dtype(y)).contiguous()
     mask = check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
     where = ops.resolve_backend(backend, routing, C.shape[0] // groups, groups, y)
@@ -249,7 +249,7 @@ def encode_condition(
     else:
         numbers = (ROUTES[routing].code, POOLS[pool], SCALES[scale], groups)
         if _differentiated(y, C, b_C):
-            state = _record(_Encode, where, y, C, b_C, mask, *numbers)[0]
+            state = _record(_Encode, y, C, b_C, (where, mask, numbers))[0]
         else:
             state = ops.run(ops.BACKENDS[where].ops.encode, y, C, b_C, mask, *numbers, False)[0]
     return ConditionState(routing, state, versions_of(C, b_C))
@@ -309,15 +309,18 @@ def apply(
     check_routing(routing, scale, backend)
     one_of("activation", activation, ACTIVATIONS)
     condition_p = dropout_p if condition_dropout_p is None else condition_dropout_p
-    for argument, p in (("dropout_p", dropout_p), ("condition_dropout_p", condition_p)):
-        if not 0 <= p <= 1:
-            raise ValueError(f"{name}: {argument} must lie in [0, 1], got {p}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{name}: dropout_p must lie in [0, 1], got {dropout_p}")
+    if not 0 <= condition_p <= 1:
+        raise ValueError(f"{name}: condition_dropout_p must lie in [0, 1], got {condition_p}")
     if not x.is_floating_point():
         raise ConditionShapeError(f"{name}: the input must be floating point, got {x.dtype}")
     slices, groups, out_features = output_layout(name, A, B, W, out_slices, route_across_slices, out_features)
     if x.dim() < 2 or x.shape[-1] != A.shape[1]:
         raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
-    check_vectors(name, bias=(bias, out_features), b_down=(b_down, A.shape[0]), b_C=(b_C, A.shape[0]))
+    check_vector(name, "bias", bias, out_features)
+    check_vector(name, "b_down", b_down, A.shape[0])
+    check_vector(name, "b_C", b_C, A.shape[0])
     check_seed(name, seed, x)
     check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
                   condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
@@ -403,32 +406,31 @@ def apply(
     if seed is None and (dropout_p or condition_p):
         seed = draw_seed(x.device)
     scaling, dropout_p, condition_p = float(scaling), float(dropout_p), float(condition_p)
-    tensors = (
-        x, A, B, condition, C, W, bias, b_down, b_C, mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed,
-        None if base is None else base.contiguous(),
-    )  # fmt: skip
+    inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
+    others = (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
+    base = None if base is None else base.contiguous()
     where = ops.resolve_backend(backend, routing, A.shape[0] // groups, max(len(slices) // 2, 1), x)
     if where == "reference":
         options = Options(
             samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_p,
             activation, residual,
         )  # fmt: skip
-        return reference.run(tensors, options)
+        return reference.run((*inputs, *others, base), options)
     numbers = (
         samples, ROUTES[routing].code, SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
         out_features, scaling, dropout_p, condition_p, ACTIVATIONS[activation], residual,
     )  # fmt: skip
     # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
-    differentiated = _differentiated(*tensors[:9])
+    differentiated = _differentiated(*inputs)
     if torch.compiler.is_exporting() or not (differentiated or _differentiated(base)):
-        return ops.run(ops.BACKENDS[where].ops.forward, *tensors, *numbers, 0)[0]  # type: ignore[no-any-return]
+        return ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, 0)[0]  # type: ignore[no-any-return]
     save = 0
     if differentiated:
         encodes = source in ("tokens", "in_sequence")
         projection = (A, b_down) if C is None else (C, b_C)
         through = (x if source == "in_sequence" else condition, *projection)
         save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
-    return _record(_Routed, where, *tensors, *numbers, save)[0]  # type: ignore[no-any-return]
+    return _record(_Routed, *inputs, base, (where, others, numbers, save))[0]  # type: ignore[no-any-return]
 
 
 def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -451,59 +453,60 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 
 
 class _Routed(torch.autograd.Function):
-    """The ops forward and backward of a backend as one differentiable node. ``args``: the backend's name, the 16
-    tensors and 13 numbers of forward, and what it shall save."""
+    """The ops forward and backward of a backend as one differentiable node. Arguments: the 9 inputs that may get a
+    gradient, the base layer's output, and all else as one, for every argument of a node costs time: the backend's name,
+    forward's 6 other tensors and 13 numbers, and what it shall save."""
 
     @staticmethod
-    def forward(where: str, *args: Any) -> Any:
-        return ops.run(ops.BACKENDS[where].ops.forward, *args)
+    def forward(*args: Any) -> Any:
+        *inputs, base, (where, others, numbers, save) = args
+        return ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, t, state, kept = output
         ctx.mark_non_differentiable(t, state, kept)
         ctx.set_materialize_grads(False)
-        ctx.where = inputs[0]
-        ctx.save_for_backward(t, state, kept, *inputs[1:16])  # all but base
-        ctx.numbers = inputs[17:-1]
+        ctx.where, others, ctx.numbers, _ = inputs[10]
+        ctx.save_for_backward(t, state, kept, *inputs[:9], *others)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *unused: Any) -> Any:
         if dout is None:
-            return (None,) * 31
-        needs = ctx.needs_input_grad[1:10]
+            return (None,) * 11
+        needs = ctx.needs_input_grad
         gradients: Sequence[Tensor | None] = (None,) * 9
-        if any(needs):
-            t, state, kept, *inputs = ctx.saved_tensors
-            arguments = (_bits(needs), dout.contiguous(), t, state, kept, *inputs, *ctx.numbers)
-            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward, *arguments), needs)
-        return (None, *gradients, *(None,) * 6, dout if ctx.needs_input_grad[16] else None, *(None,) * 14)
+        if any(needs[:9]):
+            t, state, kept, *tensors = ctx.saved_tensors
+            arguments = (_bits(needs[:9]), dout.contiguous(), t, state, kept, *tensors, *ctx.numbers)
+            gradients = _needed(_once(ops.BACKENDS[ctx.where].ops.backward, *arguments), needs[:9])
+        return (*gradients, dout if needs[9] else None, None)
 
 
 class _Encode(torch.autograd.Function):
-    """The ops encode and encode_backward of a backend as one differentiable node; returns the state."""
+    """The ops encode and encode_backward of a backend as one differentiable node; returns the state. Arguments: y, C,
+    b_C, and all else as one: the backend's name, the mask and 4 numbers."""
 
     @staticmethod
-    def forward(where: str, *args: Any) -> Any:
-        return ops.run(ops.BACKENDS[where].ops.encode, *args, True)
+    def forward(*args: Any) -> Any:
+        *inputs, (where, mask, numbers) = args
+        return ops.run(ops.BACKENDS[where].ops.encode, *inputs, mask, *numbers, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.where = inputs[0]
-        ctx.save_for_backward(output[1], *inputs[1:5])
-        ctx.numbers = inputs[5:]
+        ctx.where, mask, ctx.numbers = inputs[3]
+        ctx.save_for_backward(output[1], *inputs[:3], mask)
 
     @staticmethod
     def backward(ctx: Any, dstate: Tensor | None, *unused: Any) -> Any:
         if dstate is None:
-            return (None,) * 9
-        kept, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
-        arguments = (_bits(needs), dstate.contiguous(), kept, *inputs, *ctx.numbers)
+            return (None,) * 4
+        needs = ctx.needs_input_grad[:3]
+        arguments = (_bits(needs), dstate.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         gradients = _once(ops.BACKENDS[ctx.where].ops.encode_backward, *arguments)
-        return (None, *_needed(gradients, needs), *(None,) * 5)
+        return (*_needed(gradients, needs), None)
 
 
 class _Once(torch.autograd.Function):

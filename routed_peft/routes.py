@@ -3,6 +3,7 @@
 Adding a route starts here (CONTRIBUTING.md lists the other places).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -45,18 +46,18 @@ SOURCES = {"none": 0, "tokens": 1, "state": 2, "in_sequence": 3}
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
-def one_of(name: str, value: object, allowed: object) -> str:
+def one_of(name: str, value: object, allowed: Collection[str]) -> str:
     """``value`` if it is among ``allowed``; otherwise a ValueError that names the argument and the choices."""
-    choices = list(allowed)  # type: ignore[call-overload]
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return str(value)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
 
 
 def resolve_pool(routing: str, pool: str) -> str:
     """The pooling that ``pool`` stands for under ``routing`` ("auto" depends on the route)."""
-    one_of("condition_pool", pool, ("auto", *POOLS))
-    return ROUTES[routing].pool if pool == "auto" else pool
+    if pool == "auto":
+        return ROUTES[routing].pool
+    return one_of("condition_pool", pool, ("auto", *POOLS))
 
 
 def state_kind(routing: str, pool: str, pooled_to_one: bool) -> str:

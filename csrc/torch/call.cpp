@@ -1,5 +1,6 @@
 #include "torch/call.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace routed_peft {
@@ -215,9 +216,19 @@ Matrix kept_of(const Place& place, const Problem& p, const Tensor& kept) {
   return dense(place.saved_of("kept", kept, type_of(dtype), rows * cols), dtype, rows, cols);
 }
 
-Gradient gradient(int64_t needs, int bit, const MaybeTensor& like, const Tensor& any, bool as_rows) {
-  if (!(needs >> bit & 1) || !like) return {nothing(any), {}};
-  Gradient g{torch::stable::new_empty(*like, shape_of(*like)), {}};
+Tensor empty(const Place& place, const std::vector<int64_t>& shape, ScalarType type) {
+  const auto shim = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  shim(type), shim(place.device.type()), place.device.index(), &made));
+  return Tensor(made);
+}
+
+Gradient gradient(const Place& place, Dtype nothing_of, int64_t needs, int bit, const MaybeTensor& like, bool as_rows) {
+  if (!(needs >> bit & 1) || !like) return {nothing(place, type_of(nothing_of)), {}};
+  Gradient g{empty(place, shape_of(*like), like->scalar_type()), {}};
   const int64_t dims = like->dim(), last = dims > 0 ? like->size(dims - 1) : 1;
   const int64_t rows = dims == 1 ? 1 : as_rows ? (last > 0 ? like->numel() / last : 0) : like->size(0);
   g.matrix = dense(g.tensor.data_ptr(), dtype_of("gradient", g.tensor), rows, last);

@@ -48,7 +48,7 @@ struct Gradient {
   Tensor tensor;
   Matrix matrix;
 };
-Gradient gradient(int64_t needs, int bit, const MaybeTensor& like, const Tensor& any, bool as_rows);
+Gradient gradient(const Place& place, Dtype nothing_of, int64_t needs, int bit, const MaybeTensor& like, bool as_rows);
 
 // out = alpha · a b (+ out) by torch's matrix product on `device`.
 using Addmm = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
@@ -56,13 +56,13 @@ using Addmm = AOTITorchError (*)(AtenTensorHandle out, AtenTensorHandle self, At
 void multiply(Addmm addmm, const torch::stable::Device& device, const Matrix& out, const Matrix& a, const Matrix& b,
               double alpha, bool accumulate);
 
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+// A new contiguous tensor. Made through the shim, since the stable new_empty looks its op up by name in every call.
+Tensor empty(const Place& place, const std::vector<int64_t>& shape, ScalarType type);
+
+// What an op returns in place of a tensor nobody asked for.
+inline Tensor nothing(const Place& place, ScalarType type) { return empty(place, {0}, type); }
 
 inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
-inline Tensor accumulated(const Problem& p, const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, accumulated_type(p.dtype));
-}
 
 // save: 0 for no backward, 1 for one without a gradient of the condition, 2 for any.
 template <class Device>
@@ -82,21 +82,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Problem& p = call.problem;
   std::vector<int64_t> out_shape = shape_of(x);
   out_shape.back() = out_features;
-  Tensor out = torch::stable::new_empty(x, out_shape), t = nothing(x), state = nothing(x), kept = nothing(x);
+  const ScalarType type = type_of(p.dtype), accumulated = accumulated_type(p.dtype);
+  Tensor out = empty(place, out_shape, type);
+  Tensor t = nothing(place, type), state = nothing(place, type), kept = nothing(place, type);
   ForwardResult result;
   result.out = dense(out.data_ptr(), p.dtype, p.x.rows, out_features);
   if (save != 0) {
-    t = plan::rank_one(p) ? accumulated(p, x, {p.x.rows, p.groups}) : torch::stable::new_empty(x, {p.x.rows, p.width});
+    t = plan::rank_one(p) ? empty(place, {p.x.rows, p.groups}, accumulated) : empty(place, {p.x.rows, p.width}, type);
     result.t = place.matrix_of("T", t, -1, -1);
     const bool through_v = p.kind == StateKind::kMatrix && plan::gram_order(p) == plan::GramOrder::kTokens;
     if (p.encodes() && (save == 1 || !through_v)) {
-      state = accumulated(p, x, state_shape(p, condition, x));
+      state = empty(place, state_shape(p, condition, x), accumulated);
       result.state = state.data_ptr();
     }
     if (p.encodes() && save == 2 && p.kind == StateKind::kVector) {
-      kept = accumulated(p, x, {p.conditions.count, p.y.cols});
+      kept = empty(place, {p.conditions.count, p.y.cols}, accumulated);
     } else if (save == 2 && p.kind == StateKind::kMatrix && p.source == Source::kTokens) {
-      kept = torch::stable::new_empty(x, {p.conditions.rows, p.width});
+      kept = empty(place, {p.conditions.rows, p.width}, type);
     }
     if (kept.dim() == 2) result.kept = place.matrix_of("kept", kept, -1, -1);
   }
@@ -108,11 +110,13 @@ template <class Device>
 std::tuple<Tensor, Tensor> encode(Tensor y, Tensor C, MaybeTensor b_C, MaybeTensor mask, int64_t routing, int64_t pool,
                                   int64_t scale, int64_t groups, bool save) {
   const Device device(y);
-  const Problem p = make_encoding(device.place(), y, C, b_C, mask, routing, pool, scale, groups);
-  Tensor state = accumulated(p, y, state_shape(p, y, y)), kept = nothing(y);
-  if (save && p.kind == StateKind::kVector) kept = accumulated(p, y, {p.conditions.count, p.y.cols});
-  if (save && p.kind == StateKind::kMatrix) kept = torch::stable::new_empty(y, {p.conditions.rows, p.width});
-  device.encode(p, state.data_ptr(), kept.dim() == 2 ? device.place().matrix_of("kept", kept, -1, -1) : Matrix{});
+  const Place& place = device.place();
+  const Problem p = make_encoding(place, y, C, b_C, mask, routing, pool, scale, groups);
+  const ScalarType type = type_of(p.dtype), accumulated = accumulated_type(p.dtype);
+  Tensor state = empty(place, state_shape(p, y, y), accumulated), kept = nothing(place, type);
+  if (save && p.kind == StateKind::kVector) kept = empty(place, {p.conditions.count, p.y.cols}, accumulated);
+  if (save && p.kind == StateKind::kMatrix) kept = empty(place, {p.conditions.rows, p.width}, type);
+  device.encode(p, state.data_ptr(), kept.dim() == 2 ? place.matrix_of("kept", kept, -1, -1) : Matrix{});
   return {state, kept};
 }
 
@@ -156,11 +160,12 @@ NineTensors backward(int64_t needs, Tensor dout, Tensor t, Tensor state, Tensor 
   STD_TORCH_CHECK(!p.encodes() || !uses_kept || (needs & into_condition) == 0 || kept.dim() == 2,
                   "the forward saved nothing for a gradient of the condition; call it with save=2");
 
-  Gradient dx = gradient(needs, 0, x, x, true), da = gradient(needs, 1, A, x, false),
-           db = gradient(needs, 2, B, x, false);
-  Gradient dcondition = gradient(needs, 3, condition, x, true), dc = gradient(needs, 4, C, x, false);
-  Gradient dweight = gradient(needs, 5, weight, x, false), dbias = gradient(needs, 6, bias, x, false);
-  Gradient db_down = gradient(needs, 7, b_down, x, false), db_c = gradient(needs, 8, b_C, x, false);
+  const auto wanted = [&](int bit, const MaybeTensor& like, bool as_rows = false) {
+    return gradient(place, p.dtype, needs, bit, like, as_rows);
+  };
+  Gradient dx = wanted(0, x, true), da = wanted(1, A), db = wanted(2, B);
+  Gradient dcondition = wanted(3, condition, true), dc = wanted(4, C);
+  Gradient dweight = wanted(5, weight), dbias = wanted(6, bias), db_down = wanted(7, b_down), db_c = wanted(8, b_C);
   io.dx = dx.matrix, io.da = da.matrix, io.db = db.matrix, io.dc = dc.matrix, io.dweight = dweight.matrix;
   io.dbias = dbias.matrix, io.db_down = db_down.matrix, io.db_c = db_c.matrix;
   if (p.source == Source::kState) {
@@ -183,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(int64_t needs, Tensor dstate,
   void* const gradient_of_state = place.saved_of("dstate", dstate, accumulated_type(p.dtype), state_numbers(p));
   const Matrix saved = kept_of(place, p, kept);
   STD_TORCH_CHECK(p.kind == StateKind::kTokens || kept.dim() == 2, "encode was called without save");
-  Gradient dy = gradient(needs, 0, y, y, true), dc = gradient(needs, 1, C, y, false),
-           db_c = gradient(needs, 2, b_C, y, false);
+  Gradient dy = gradient(place, p.dtype, needs, 0, y, true), dc = gradient(place, p.dtype, needs, 1, C, false),
+           db_c = gradient(place, p.dtype, needs, 2, b_C, false);
   device.encode_backward(p, gradient_of_state, saved, dy.matrix, dc.matrix, db_c.matrix);
   return {dy.tensor, dc.tensor, db_c.tensor};
 }
