@@ -1,6 +1,7 @@
 // Blocks of out are the unit of parallel work. A block keeps its sums in scratch and walks k in steps: read a tile of a
 // (convert it, drop it), lay b out in panels, run the micro kernels over both. A rank-wide b is laid out once for all
-// blocks, and of a large one a block lays out its part for many rows; where k is short, a tile of a serves all columns.
+// blocks, of a large one a block lays out its part for many rows, and for few rows it is read as it lies; where k is
+// short, a tile of a serves all columns.
 // A second product (Epilogue::plus) adds to the same sums. The micro kernels take numbers of Acc or, where the caller
 // allows it and the processor has such products, pairs of bfloat16. A few rows are products of lines.
 #include "cpu/gemm.h"
@@ -17,10 +18,13 @@ namespace {
 
 constexpr int64_t kBlockRows = 96, kBlockColumns = 128, kWide = 256;
 constexpr int64_t kDepth = 256;  // of a step: long runs of a row are read
+// Rows of a large b that a step reads as they lie: as many streams as a processor can read ahead of.
+constexpr int64_t kStreams = 32, kPanelsAhead = 2;
 // Up to this k all of a block's rows of a are kept, for columns that are worked on kShortColumns at a time: their
 // panels stay near, and long runs of a row are written.
 constexpr int64_t kShort = 256, kShortColumns = 512;
 constexpr int64_t kWidest = 512;        // columns of a block of few rows
+constexpr int64_t kWidestLying = 2048;  // and of one that reads b as it lies
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
@@ -56,14 +60,23 @@ void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t col
   }
 }
 
+// Whether the product reads b as it lies: where it serves few rows, and its rows are what the micro kernels take.
+template <class Format>
+bool reads_in_place(const Matrix& out, const Factors& f) {
+  const Matrix& b = f.b.matrix;
+  return out.rows <= plan::kRowsInPlace && Format::kEach == 1 && plain(f.b) && b.dtype == Format::kNumber &&
+         b.col_stride == 1;
+}
+
 struct Blocking {
   int64_t rows, columns, row_blocks, column_blocks;
   int64_t near;  // columns of a block that are worked on at a time, and of b that are laid out together
   int64_t pieces() const { return row_blocks * column_blocks; }
 };
 
-Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads) {
-  const int64_t wanted = threads > 1 ? kPieces * threads : 1;
+// `lies`: b is read as it lies, the better the longer its rows in a block are.
+Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies) {
+  const int64_t wanted = threads > 1 && !lies ? kPieces * threads : threads, even = lies ? 32 : kBlockColumns;
   Blocking grid{};
   const auto spread = [](int64_t size, int64_t most) {  // blocks of much the same size
     const int64_t count = (size + most - 1) / most;
@@ -72,7 +85,7 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads) {
   if (k <= kShort) {
     grid.rows = m <= kBlockRows ? m : kBlockRows;
     const int64_t groups = std::max<int64_t>(wanted * grid.rows / m, 1);
-    grid.columns = up((n + groups - 1) / groups, kBlockColumns);
+    grid.columns = up((n + groups - 1) / groups, even);
     if (grid.columns > kShortColumns) grid.columns = up(grid.columns, kShortColumns);
     grid.near = std::min(grid.columns, kShortColumns);
   } else if (n <= kWide) {
@@ -81,8 +94,11 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads) {
     grid.columns = grid.near = n;
   } else {  // large both ways: what is laid out of b serves many rows
     // Wide ones for few rows, because of which only b's memory counts, and how often a page of it is looked up.
-    const int64_t widest = m < kBlockRows ? kWidest : kWide, row_blocks = (m + kManyRows - 1) / kManyRows;
-    const int64_t fair = up((n * row_blocks + wanted - 1) / wanted, kBlockColumns);
+    const int64_t widest = lies             ? kWidestLying
+                           : m < kBlockRows ? kWidest
+                                            : kWide,
+                  row_blocks = (m + kManyRows - 1) / kManyRows;
+    const int64_t fair = up((n * row_blocks + wanted - 1) / wanted, even);
     grid.columns = grid.near = std::min(fair, widest);
     grid.rows = spread(m, kManyRows);
     const int64_t column_blocks = (n + grid.columns - 1) / grid.columns;
@@ -108,12 +124,15 @@ int64_t strip_rows(int64_t left, int64_t step) {
   return step * (steps >= 5 || steps == 3 ? 3 : std::min<int64_t>(steps, 2));
 }
 
-// rows × cols from (i, j) on are about to be written: their way into the cache overlaps with the products.
-void expect(const Matrix& out, int64_t i, int64_t j, int64_t rows, int64_t cols) {
-  if (out.col_stride != 1) return;
-  for (int64_t row = i; row < i + rows; ++row) {
-    const char* at = static_cast<const char*>(out.at(row, j));
-    for (int64_t byte = 0; byte < cols * element_size(out.dtype); byte += kCacheLine) __builtin_prefetch(at + byte, 1);
+// rows × cols from (i, j) on are about to be read (or written): their way into the cache overlaps with the products.
+// Inlined, since gcc drops calls of a function that only asks for memory.
+template <int kWritten>
+[[gnu::always_inline]] inline void expect(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t cols) {
+  if (m.col_stride != 1) return;
+  const char* at = static_cast<const char*>(m.at(i, j));
+  const int64_t size = element_size(m.dtype), line = m.row_stride * size, bytes = cols * size;
+  for (int64_t row = 0; row < rows; ++row, at += line) {
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(at + byte, kWritten);
   }
 }
 
@@ -137,7 +156,8 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
   const int64_t rows = std::min(grid.rows, out.rows - i0), right = std::min(left + grid.columns, out.cols);
   const int64_t near_rows = rows <= kWide ? rows : kBlockRows;  // a tile's; there are several where b is laid out here
-  const int64_t row_step = Format::row_step(), tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
+  const int64_t wide = 2 * set.lanes, row_step = Format::row_step(),
+                tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
   const bool keep = !e.plus && factors.a.matrix.cols <= kShort;  // a's tile serves all columns; there is one step
   thread_local Scratch<Acc> sum_scratch, turned_scratch;
   thread_local Scratch<Unit> tile_scratch, panel_scratch;
@@ -162,15 +182,21 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
       if (f == e.plus) scale_sums(i0, j0, rows, cols, sums, ld, e);
       const bool final = f == e.plus || !e.plus;
       const int64_t k = f->a.matrix.cols;
-      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-        const int64_t depth = std::min(kDepth, k - k0), units = units_of<Format>(depth);
+      const Unit* const all_panels = laid[f == e.plus];
+      const bool lies = all_panels == nullptr && reads_in_place<Format>(out, *f);
+      const int64_t lying = lies ? cols / wide * wide : 0;  // columns whose panels are read as they lie
+      const bool large = lies && plan::worth_lines(f->b.matrix.cols, k);
+      const int64_t step = large ? kStreams : kDepth;
+      for (int64_t k0 = 0; k0 < k; k0 += step) {
+        const int64_t depth = std::min(step, k - k0), units = units_of<Format>(depth);
         const bool add = empty || f == e.plus || k0 > 0;
-        const Unit* panels = laid[f == e.plus];
-        if (panels != nullptr) {
-          panels += laid_at<Acc, Format>(j0, cols, k0, k);
+        const Unit *panels = nullptr, *in_place = nullptr;
+        if (all_panels != nullptr) {
+          panels = all_panels + laid_at<Acc, Format>(j0, cols, k0, k);
         } else {
+          if (lying > 0) in_place = static_cast<const Unit*>(f->b.matrix.at(k0, j0));
           Unit* fresh = panel_scratch.get(ld * kDepth / Format::kEach);
-          lay_panels<Acc, Format>(f->b, k0, j0, depth, cols, fresh);
+          if (lying < cols) lay_panels<Acc, Format>(f->b, k0, j0 + lying, depth, cols - lying, fresh);
           panels = fresh;
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
@@ -183,11 +209,16 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
             const int64_t real = std::min(taken, part_rows - i);
             Acc* strip = sums + (part + i) * ld;
             const bool done = final && k0 + depth == k;
-            if (done && !turned) expect(out, i0 + part + i, j0, real, cols);
-            for (int64_t j = 0; j < ld; j += 2 * set.lanes) {
+            if (done && !turned) expect<1>(out, i0 + part + i, j0, real, cols);
+            for (int64_t j = 0; j < ld; j += wide) {
               const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
-              Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col,
-                                                               panels + j * units, add, strip + j, ld);
+              const Unit* panel = j < lying ? in_place + j : panels + (j - lying) * units;
+              const int64_t panel_row = j < lying ? f->b.matrix.row_stride : vectors * set.lanes;
+              if (large && i == 0 && j + kPanelsAhead * wide < lying) {
+                expect<0>(f->b.matrix, k0, j0 + j + kPanelsAhead * wide, depth, wide);
+              }
+              Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col, panel, panel_row,
+                                                               add, strip + j, ld);
             }
             if (done) finish_rows(part + i, real);
           }
@@ -217,7 +248,8 @@ Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const B
 template <class Acc, class Format>
 void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
-  const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1);
+  const bool lies = reads_in_place<Format>(out, e.plus ? *e.plus : factors);
+  const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1, lies);
   Array<typename Format::Unit> laid[2];
   const bool narrow = (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
   if (host != nullptr && grid.row_blocks > 1 && narrow) {

@@ -158,15 +158,15 @@ inline uint64_t at_least(const __m512i* words, uint16_t limit) {
 namespace avx512 {
 // Loops::micro for pairs of bfloat16.
 template <int kRows, int kVectors>
-void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, bool add, float* c,
-           int64_t ldc) {
+void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, int64_t panel_row,
+           bool add, float* c, int64_t ldc) {
   __m512 sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
   }
   for (int64_t k = 0; k < depth; ++k) {
     __m512i b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_load_si512(panel + (k * kVectors + v) * 16);
+    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(panel + k * panel_row + v * 16);
     for (int i = 0; i < kRows; ++i) {
       const __m512i value = _mm512_set1_epi32(static_cast<int>(a[i * a_row + k * a_col]));
       for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)value, (__m512bh)b[v]);
@@ -371,14 +371,13 @@ void close() { _tile_release(); }
 // Loops::micro for pairs of bfloat16, by tiles of 16 × 16 sums and 16 units of depth. A unit of a row of a and a row of
 // a panel are as TDPBF16PS takes them.
 template <int kTiles, int kVectors>
-void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, bool add, float* c,
-           int64_t ldc) {
+void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, int64_t panel_row,
+           bool add, float* c, int64_t ldc) {
   if constexpr (kTiles == 3) {
-    tiles<2, kVectors>(depth, a, a_row, a_col, panel, add, c, ldc);
-    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, add, c + 32 * ldc, ldc);
+    tiles<2, kVectors>(depth, a, a_row, a_col, panel, panel_row, add, c, ldc);
+    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, panel_row, add, c + 32 * ldc, ldc);
   } else {
-    constexpr int64_t kPanelRow = kVectors * 64;
-    const int64_t row = a_row * 4, line = ldc * 4;
+    const int64_t row = a_row * 4, right_row = panel_row * 4, line = ldc * 4;
     const uint32_t* lower = a + 16 * a_row;
     float* under = c + 16 * ldc;
     if (add) {
@@ -393,11 +392,11 @@ void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const
       _tile_zero(3);
     }
     for (int64_t k = 0; k < depth; k += 16) {
-      const uint32_t* right = panel + k * kVectors * 16;
+      const uint32_t* right = panel + k * panel_row;
       _tile_loadd(4, a + k, row);
-      _tile_loadd(6, right, kPanelRow);
+      _tile_loadd(6, right, right_row);
       _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kVectors == 2) _tile_loadd(7, right + 16, kPanelRow);
+      if constexpr (kVectors == 2) _tile_loadd(7, right + 16, right_row);
       if constexpr (kVectors == 2) _tile_dpbf16ps(1, 4, 7);
       if constexpr (kTiles == 2) _tile_loadd(5, lower + k, row);
       if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);

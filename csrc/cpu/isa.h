@@ -11,11 +11,12 @@ namespace routed_peft::cpu {
 // Acc is float, or double where the tensors are.
 template <class Acc>
 struct Isa {
-  // c (leading dimension ldc) = Σ_k a(i, k) panel[k, :] over `depth` > 0 units, + c if `add`; a by strides, the panel
-  // contiguous and aligned. A unit is a number, or two neighbours in k as bfloat16 (the first in the lower half).
+  // c (leading dimension ldc) = Σ_k a(i, k) panel[k, :] over `depth` > 0 units, + c if `add`; a by strides, rows of the
+  // panel `panel_row` after one another. A unit is a number, or two neighbours in k as bfloat16 (the first in the lower
+  // half).
   template <class Unit>
-  using Micro = void (*)(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel, bool add,
-                         Acc* c, int64_t ldc);
+  using Micro = void (*)(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel,
+                         int64_t panel_row, bool add, Acc* c, int64_t ldc);
 
   const char* name;
   plan::Processor processor;

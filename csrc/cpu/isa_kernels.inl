@@ -79,8 +79,8 @@ struct Loops {
   static Vector at(const Acc* p) { return *reinterpret_cast<const Loose*>(p); }
 
   template <int kRows, int kVectors>
-  static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, bool add, Acc* c,
-                    int64_t ldc) {
+  static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, int64_t panel_row,
+                    bool add, Acc* c, int64_t ldc) {
     // In chains of kChain additions, each from zero: short chains round less than one long one, at some cost in speed
     // (tests/test_accuracy.py is what longer ones fail).
     constexpr int64_t kChain = 64;
@@ -89,9 +89,7 @@ struct Loops {
       Vector sum[kRows][kVectors] = {};
       for (int64_t k = first; k < last; ++k) {
         Vector b[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          b[v] = *reinterpret_cast<const Vector*>(panel + (k * kVectors + v) * kLanes);
-        }
+        for (int v = 0; v < kVectors; ++v) b[v] = at(panel + k * panel_row + v * kLanes);
         for (int i = 0; i < kRows; ++i) {
           const Acc value = a[i * a_row + k * a_col];
           for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];

@@ -92,8 +92,10 @@ constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t
 // lay it out takes longer than the product. Not a small one, whose numbers would depend on how many rows share a call.
 // `tiles`: the product is one of tiles, of which a few rows leave most empty, but which are that much faster.
 constexpr int64_t kFewRows = 16;
+constexpr int64_t kRowsInPlace = 48;  // of a product whose second factor is read as it lies where its rows run along n
+constexpr bool worth_lines(int64_t n, int64_t k) { return n * k >= 16384; }
 constexpr bool by_lines(bool tiles, int64_t rows, int64_t n, int64_t k) {
-  return rows <= (tiles ? 2 : kFewRows) && k >= 64 * rows && n * k >= 16384;
+  return rows <= (tiles ? 2 : kFewRows) && k >= (rows <= 4 ? 16 : 64) * rows && worth_lines(n, k);
 }
 
 // Whether the base layer's product [rows, k] × [k, n] goes to torch's library, or is ours, which takes the update along
@@ -114,8 +116,8 @@ constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int6
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);
   }
   if (as_it_lies) return processor.library_leads && rows == 1 && n * k > 4 * kMillion;
-  if (!fast) return rows > 2 * kFewRows || n * k > kMillion;
-  return !lines && rows <= 2 && n * k > 4 * kMillion;  // laying the weight out serves too few rows
+  if (!lines && rows <= kRowsInPlace) return rows == 1 && n * k > (fast ? 4 * kMillion : kMillion / 2);
+  return !fast && (rows > 2 * kFewRows || n * k > kMillion);
 }
 
 // Rows of a piece of work that never spans two samples.

@@ -170,7 +170,7 @@ void product(Random& random, int64_t m, int64_t n, int64_t k, int64_t base = 0) 
     const Tensor turned = run([&](const Matrix& to) {
       cpu::gemm<Acc>(host(0), to.transposed(), b.operand().turned(), a.operand().turned(), e);
     });
-    const bool few = std::min(m, n) <= 16;  // summed along k, or not, as the lines lie
+    const bool few = std::min(m, n) <= plan::kRowsInPlace;  // summed in other steps, as the lines lie
     const bool same =
         few ? wrong(turned, false) < 0 || (e.in_bfloat16 && wrong(turned, true) < 0) : turned.bytes() == out.bytes();
     CHECK(same, "turned over, %d %d %d", int(m), int(n), int(k));
@@ -196,6 +196,13 @@ void products() {
   for (int i = 0; i < 2; ++i) product<float>(random, 290, 4000, 257);  // several tiles of a to a panel of b
   for (const int64_t rows : {1, 3, 16, 40, 200, 300}) product<float>(random, rows, 400, 24, 352);
   product<float>(random, 20, 300, 0, 288);
+  for (const int64_t rows :
+       {1, 2, 4, 7, 16, 17, 33, 48, 49}) {  // a large b that lies either way, of whole panels or not
+    for (int i = 0; i < 3; ++i) {
+      product<float>(random, rows, 420, 150);
+      product<double>(random, rows, 416, 97);
+    }
+  }
 }
 
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the

@@ -183,8 +183,8 @@ void base() {
       CHECK(library(kNarrow, 4096) && library(kOrdinary, 4096), "a vendor's product is the fastest");
       CHECK(library(kFast, 4096) == half, "ours is faster but for pairs of bfloat16");
       CHECK(library(kNarrow, 1), "few rows without wide vectors");
-      CHECK(library(kOrdinary, 4) == (dtype == Dtype::kFloat16 || !lines), "few rows");
-      CHECK(library(kOrdinary, 5) == (half || !lines), "more rows");
+      CHECK(library(kOrdinary, 4) == (dtype == Dtype::kFloat16 || (half && !lines)), "few rows");
+      CHECK(library(kOrdinary, 5) == half, "more rows");
       CHECK(library(kFast, 32, 512) == (dtype == Dtype::kFloat16), "a weight that stays near");
       CHECK(library(kFast, 8, 1024) == (dtype == Dtype::kFloat16), "a larger one, few rows");
       CHECK(library(kFast, 32, 513) == half && library(kFast, 33, 512) == half, "beyond that");
@@ -195,17 +195,22 @@ void base() {
         CHECK(!library(kTiles, 16) && library(kTiles, 17) == !lines, "a large one, very few");
         CHECK(!library(kTiles, 1024, 256) && library(kTiles, 1025, 256) && library(kTiles, 1024, 257), "more rows");
       } else if (!half) {
-        CHECK(!library(kOrdinary, 32, 256) && library(kOrdinary, 33, 256), "few rows of a near weight");
+        CHECK(!library(kOrdinary, 32, 256) && library(kOrdinary, 33, 256) == lines, "few rows of a near weight");
+        CHECK(library(kOrdinary, 49, 256), "more");
         CHECK(library(kIntel, 1) && !library(kIntel, 1, 1024) == lines, "one row of a large weight, and of a near one");
-        CHECK(library(kIntel, 2) == !lines, "two");
+        CHECK(!library(kIntel, 1, 128) && library(kIntel, 1, 129) == !lines, "one row, columns of the weight");
+        CHECK(!library(kIntel, 2) && library(kIntel, 48) == lines && library(kIntel, 49), "a weight read as it lies");
+        CHECK(!library(kFast, 1, 1024) && library(kFast, 1, 1025) == !lines, "one row where ours is fast");
       }
-      CHECK(library(kFast, 2) == (dtype == Dtype::kFloat16 || !lines), "a large one that does not lie along k");
+      CHECK(library(kFast, 2) == (dtype == Dtype::kFloat16 || (half && !lines)), "a large one, two rows");
     }
   }
   CHECK(plan::by_lines(false, 16, 16, 1024) && !plan::by_lines(false, 17, 16, 2048), "rows");
+  CHECK(plan::by_lines(false, 5, 4096, 320) && plan::by_lines(false, 4, 4096, 64), "lines long enough");
   CHECK(plan::by_lines(true, 2, 16, 1024) && !plan::by_lines(true, 3, 16, 2048), "rows of tiles");
   for (const bool tiles : {false, true}) {
-    CHECK(!plan::by_lines(tiles, 16, 16, 1023) && !plan::by_lines(tiles, 1, 1024, 63), "short lines");
+    CHECK(!plan::by_lines(tiles, 5, 4096, 319) && !plan::by_lines(tiles, 1, 4096, 15), "short lines");
+    CHECK(plan::by_lines(tiles, 2, 1024, 32) && !plan::by_lines(tiles, 2, 1024, 31), "of two rows");
     CHECK(!plan::by_lines(tiles, 1, 15, 1024), "a small factor");
   }
 }

@@ -15,8 +15,8 @@ namespace routed_peft::test {
 inline thread_local bool tiles_open = false;
 
 template <int kTiles, int kVectors>
-void tiles_by_hand(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, bool add,
-                   float* c, int64_t ldc) {
+void tiles_by_hand(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel,
+                   int64_t panel_row, bool add, float* c, int64_t ldc) {
   CHECK(tiles_open && a_col == 1 && depth > 0 && depth % 16 == 0, "depth %d", int(depth));
   const auto number = [](uint32_t unit, bool second) {
     return std::bit_cast<float>(second ? unit & 0xFFFF0000u : unit << 16);
@@ -25,7 +25,7 @@ void tiles_by_hand(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_co
     for (int64_t j = 0; j < 16 * kVectors; ++j) {
       float sum = add ? c[i * ldc + j] : 0;
       for (int64_t k = 0; k < depth; ++k) {
-        const uint32_t left = a[i * a_row + k], right = panel[k * kVectors * 16 + j];
+        const uint32_t left = a[i * a_row + k], right = panel[k * panel_row + j];
         sum += number(left, false) * number(right, false) + number(left, true) * number(right, true);
       }
       c[i * ldc + j] = sum;
