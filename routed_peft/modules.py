@@ -16,7 +16,7 @@ from .delivery import Delivered, Slot
 from .errors import ConditionShapeError, MissingConditionError, StaleStateError, UnsupportedError
 from .reference import Options
 from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
-from .state import ConditionState, versions_of
+from .state import ConditionState
 
 MISSING = ("error", "base", "lora")
 
@@ -112,11 +112,11 @@ class RoutedLayer(nn.Module):
         if self.training or not isinstance(y, Tensor):  # in training mode dropout is drawn at each step
             return given
         versions = [None if t is None or t.is_inference() else t._version for t in (y, mask)]
-        if not given.states.owned and any(t is not None and t.is_inference() for t in (y, mask)):
+        if not given.states.owned and (y.is_inference() or (mask is not None and mask.is_inference())):
             return given  # somebody may write it, and no version would tell
-        key = dtype, versions, versions_of(*self.parameters(recurse=False))
+        key = dtype, versions
         state = given.states.find(self, key)
-        if state is None:
+        if state is None or not state.is_of(*self._projection()[:2]):
             try:
                 joint = None if given.joint is None else given.joint.state_of(self, dtype)
                 if joint is None:
@@ -126,7 +126,7 @@ class RoutedLayer(nn.Module):
                 state = given.states.keep(self, key, held)
             except ConditionShapeError:
                 return given  # for the call itself to refuse, which knows its input too
-        return given._replace(condition=state, mask=None)
+        return Delivered(state, None, given.index, given.input_mask, given.states, given.recalled, given.joint)
 
     def _joined(self, x: Tensor, given: Delivered) -> Delivered:
         """``given`` with this layer's part of what was made of the condition for all layers, if there is one."""
@@ -141,7 +141,7 @@ class RoutedLayer(nn.Module):
         y = given.condition
         # Under compile not even looked at: the tracer would guard on every version counter.
         if isinstance(y, ConditionState) and not torch.compiler.is_compiling() and y.versions:
-            own = {id(p) for p in self.parameters(recurse=False)}
+            own = [id(p) for p in self._parameters.values()]
             if not all(key in own for key, _ in y.versions):
                 raise StaleStateError(
                     f"{self.label}: this ConditionState was encoded with other parameters than this layer's; encode it "

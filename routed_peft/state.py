@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,21 +47,29 @@ class ConditionState:
         """Raise StaleStateError if one of ``parameters`` changed since this state was encoded with it."""
         if torch.compiler.is_compiling():
             return  # a version counter is no part of a traced graph
-        now = dict(versions_of(*parameters))
-        if any(now.get(key, version) != version for key, version in self.versions):
+        now = _versions_now(parameters)
+        if now != self.versions and any(dict(now).get(key, version) != version for key, version in self.versions):
             raise StaleStateError(
                 f"{name}: this ConditionState was encoded before the parameters changed; encode it again"
             )
 
+    def is_of(self, *parameters: Tensor | None) -> bool:
+        """Whether it was encoded with exactly these parameters, and they have not changed since."""
+        return self.versions == _versions_now(parameters)
+
 
 def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:
-    """Identity and version counter of each tensor that is there."""
+    """Identity and version counter of each tensor that is there, for a state that is made from them."""
     if torch.compiler.is_compiling():
         return ()
-    there = [p for p in parameters if p is not None and not p.is_inference()]
-    for p in there:
-        _watch(p)
-    return tuple((id(p), p._version) for p in there)
+    for p in parameters:
+        if p is not None and not p.is_inference():
+            _watch(p)
+    return _versions_now(parameters)
+
+
+def _versions_now(parameters: Sequence[Tensor | None]) -> tuple[tuple[int, int], ...]:
+    return tuple([(id(p), p._version) for p in parameters if p is not None and not p.is_inference()])
 
 
 # Parameters that states were made from. Optimizers with fused=True write them without counting a version, so that is
