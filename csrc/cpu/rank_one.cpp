@@ -119,10 +119,15 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
   const int64_t splits = plan::splits(conditions, static_cast<int64_t>(cuts.list.size()));
   Directions<Acc> directions(p, block);
   Array<Acc> dq(want_dq ? block * splits * q_size : 0), dp(want_dp ? block * splits * up_size : 0);
-  Array<Acc> da(io.da ? p.width * d : 0), db(io.db ? up_size * rank : 0);
-  std::fill_n(da.get(), io.da ? p.width * d : 0, Acc{0});
-  std::fill_n(db.get(), io.db ? up_size * rank : 0, Acc{0});
+  // Sums over the blocks of conditions; of a single one the weights' gradients are written at once.
+  const bool several = conditions > block, sums_a = several && io.da, sums_b = several && io.db;
+  Array<Acc> da_sums(sums_a ? p.width * d : 0), db_sums(sums_b ? up_size * rank : 0);
+  const Matrix da = sums_a ? acc(da_sums.get(), p.width, d, d) : io.da;
+  const Matrix db = sums_b ? acc(db_sums.get(), up_size, rank, rank) : io.db;
   if (dv) std::fill_n(dv, p.conditions.count * p.width, Acc{0});
+  for (const Matrix& weight : {io.da, io.db}) {
+    if (conditions == 0 && weight) fill_rows<Acc>(host, weight, {}, {});
+  }
 
   for (int64_t c0 = 0; c0 < conditions; c0 += plan::kConditionBlock) {
     const int64_t count = std::min(plan::kConditionBlock, conditions - c0);
@@ -181,13 +186,14 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
       }
     }
     const Acc* v_block = v + c0 * p.width;
-    Epilogue add, add_scaled;
+    Epilogue add, add_scaled, weight, weight_scaled;
     add.accumulate = add_scaled.accumulate = true;
-    add_scaled.alpha = p.scaling;
+    weight.accumulate = weight_scaled.accumulate = c0 > 0;
+    add_scaled.alpha = weight_scaled.alpha = p.scaling;
     for (int64_t g = 0; g < p.groups; ++g) {
       const Matrix dq_g = acc(dq.get() + g * d, count, d, splits * q_size);
       const Matrix u(acc((directions.q_shared ? directions.ones.get() : v_block) + g * w, count, w, p.width));
-      if (io.da) gemm<Acc>(host, acc(da.get() + g * w * d, w, d, d), u.transposed(), dq_g, add);
+      if (io.da) gemm<Acc>(host, da.block(g * w, 0, w, d), u.transposed(), dq_g, weight);
       if (dv && p.routing != Routing::kExpand) {
         gemm<Acc>(host, acc(dv + c0 * p.width + g * w, count, w, p.width), dq_g, p.a.block(g * w, 0, w, d).transposed(),
                   add);
@@ -197,16 +203,15 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
       const Slice& slice = p.slices[j];
       const Matrix dp_j = acc(dp.get() + slice.row, count, slice.length, splits * up_size);
       const Matrix u = acc(directions.up_source(v_block) + j * rank, count, rank, p.width);
-      if (io.db)
-        gemm<Acc>(host, acc(db.get() + slice.row * rank, slice.length, rank, rank), dp_j.transposed(), u, add_scaled);
+      if (io.db) gemm<Acc>(host, db.block(slice.row, 0, slice.length, rank), dp_j.transposed(), u, weight_scaled);
       if (dv && p.routing != Routing::kOnes) {
         gemm<Acc>(host, acc(dv + c0 * p.width + j * rank, count, rank, p.width), dp_j,
                   p.b.block(slice.row, 0, slice.length, rank), add_scaled);
       }
     }
   }
-  for (int64_t row = 0; io.da && row < p.width; ++row) store_row(da.get() + row * d, io.da, row, 0, d);
-  for (int64_t row = 0; io.db && row < up_size; ++row) store_row(db.get() + row * rank, io.db, row, 0, rank);
+  for (int64_t row = 0; sums_a && row < p.width; ++row) store_row(da_sums.get() + row * d, io.da, row, 0, d);
+  for (int64_t row = 0; sums_b && row < up_size; ++row) store_row(db_sums.get() + row * rank, io.db, row, 0, rank);
 }
 
 #define RP_INSTANTIATE(Acc)                                                                                           \
