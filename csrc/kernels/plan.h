@@ -115,7 +115,7 @@ constexpr bool library_base(Dtype dtype, Processor processor, int64_t rows, int6
     const bool near = n * k <= (rows <= kFewRows / 2 ? 4 * kMillion : 2 * kMillion);
     return !(fast && processor.native_bfloat16 && near && rows <= 2 * kFewRows);
   }
-  if (as_it_lies) return processor.library_leads && rows == 1 && n * k > 4 * kMillion;
+  if (as_it_lies) return false;
   if (!lines && rows <= kRowsInPlace) return rows == 1 && n * k > (fast ? 4 * kMillion : kMillion / 2);
   return !fast && (rows > 2 * kFewRows || n * k > kMillion);
 }
