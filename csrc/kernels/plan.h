@@ -83,7 +83,7 @@ struct Processor {
 // for the call. float16 stays here: the library has no product of it worth the name on a CPU.
 constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k) {
   const double products = double(m) * double(n) * double(k);
-  if (std::min({m, n, k}) < 8 || products < (processor.library_leads ? 1.5e6 : 8e6)) return false;
+  if (std::min({m, n, k}) < 8 || products < (processor.library_leads ? 1e6 : 8e6)) return false;
   if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= (processor.tiles ? 4e8 : 16e6);
   return dtype != Dtype::kFloat16 && (!processor.wide_vectors || processor.library_leads);
 }
@@ -95,7 +95,8 @@ constexpr int64_t kFewRows = 16;
 constexpr int64_t kRowsInPlace = 48;  // of a product whose second factor is read as it lies where its rows run along n
 constexpr bool worth_lines(int64_t n, int64_t k) { return n * k >= 16384; }
 constexpr bool by_lines(bool tiles, int64_t rows, int64_t n, int64_t k) {
-  return rows <= (tiles ? 2 : kFewRows) && k >= (rows <= 4 ? 16 : 64) * rows && worth_lines(n, k);
+  const int64_t few = !tiles ? kFewRows : n * k <= 32768 ? 4 : 2;
+  return rows <= few && k >= (rows > 4 ? 64 : tiles ? 8 : 16) * rows && worth_lines(n, k);
 }
 
 // Whether the base layer's product [rows, k] × [k, n] goes to torch's library, or is ours, which takes the update along

@@ -154,8 +154,8 @@ void library() {
   };
   for (const auto& [dtype, processor, k] : {Limit{Dtype::kFloat32, kNarrow, 200},
                                             {Dtype::kFloat64, kNarrow, 200},
-                                            {Dtype::kFloat32, kIntel, 38},
-                                            {Dtype::kFloat64, kIntel, 38},
+                                            {Dtype::kFloat32, kIntel, 25},
+                                            {Dtype::kFloat64, kIntel, 25},
                                             {Dtype::kBFloat16, kHalf, 400},
                                             {Dtype::kBFloat16, kTiles, 10000},
                                             {Dtype::kBFloat16, kIntel, 10000}}) {
@@ -205,13 +205,15 @@ void base() {
     }
   }
   CHECK(plan::by_lines(false, 16, 16, 1024) && !plan::by_lines(false, 17, 16, 2048), "rows");
-  CHECK(plan::by_lines(false, 5, 4096, 320) && plan::by_lines(false, 4, 4096, 64), "lines long enough");
-  CHECK(plan::by_lines(true, 2, 16, 1024) && !plan::by_lines(true, 3, 16, 2048), "rows of tiles");
+  CHECK(plan::by_lines(true, 2, 1024, 1024) && !plan::by_lines(true, 3, 1024, 1024), "rows of tiles");
+  CHECK(plan::by_lines(true, 4, 256, 128) && !plan::by_lines(true, 4, 257, 128), "of a small factor");
+  CHECK(!plan::by_lines(true, 5, 16, 1024), "never more");
   for (const bool tiles : {false, true}) {
-    CHECK(!plan::by_lines(tiles, 5, 4096, 319) && !plan::by_lines(tiles, 1, 4096, 15), "short lines");
-    CHECK(plan::by_lines(tiles, 2, 1024, 32) && !plan::by_lines(tiles, 2, 1024, 31), "of two rows");
-    CHECK(!plan::by_lines(tiles, 1, 15, 1024), "a small factor");
+    const int64_t least = tiles ? 8 : 16;
+    CHECK(plan::by_lines(tiles, 2, 1024, 2 * least) && !plan::by_lines(tiles, 2, 1024, 2 * least - 1), "short lines");
+    CHECK(!plan::by_lines(tiles, 1, 1, 16383), "a small factor");
   }
+  CHECK(plan::by_lines(false, 5, 64, 320) && !plan::by_lines(false, 5, 64, 319), "short lines of more rows");
 }
 
 void kernels() {
