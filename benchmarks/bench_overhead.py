@@ -3,6 +3,9 @@
 pytest benchmarks/bench_overhead.py --benchmark-only
 """
 
+import functools
+
+import measure
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,8 @@ import routed_peft as rp
 from routed_peft import functional
 
 N, D, R, OUT, M, SCALING = 4, 8, 4, 8, 3, 0.5
+ROUNDS = 100
+PLAYER = measure.Recorded()
 
 
 class Tensors:
@@ -76,6 +81,19 @@ def steps(way, call, parameters, t):
     return call if way == "forward" else lambda: torch.autograd.grad(call(), (t.x, *parameters), t.dout)
 
 
+@functools.lru_cache(maxsize=1)  # the peers of a group follow each other
+def measured(form, routing, way):
+    """By peer the seconds of a call."""
+    t = Tensors()
+    sides = both(form, routing, t)
+    results = [torch.autograd.grad(call(), (t.x, *parameters), t.dout) for call, parameters in sides.values()]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(call() for call, _ in sides.values()), rtol=1e-5, atol=1e-5)
+    calls = {peer: steps(way, *side, t) for peer, side in sides.items()}
+    samples = {peer: measure.wall(lambda i, call=call: call(), "cpu") for peer, call in calls.items()}
+    return measure.interleaved(samples, ROUNDS, seconds=5)
+
+
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
@@ -84,18 +102,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.benchmark(timer=PLAYER.now)
 @pytest.mark.parametrize("peer", ["routed_peft", "torch"])
 @pytest.mark.parametrize("way", ["no_grad", "forward", "step"])
 @pytest.mark.parametrize("routing", ["gram", "mul", "expand"])
 @pytest.mark.parametrize("form", ["function", "layer"])
 def test_overhead(benchmark, one_thread, form, routing, way, peer):
-    t = Tensors()
-    sides = both(form, routing, t)
-    results = [torch.autograd.grad(call(), (t.x, *parameters), t.dout) for call, parameters in sides.values()]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(*(call() for call, _ in sides.values()), rtol=1e-5, atol=1e-5)
+    times = measured(form, routing, way)[peer]
     benchmark.group = f"{form}, {routing}, {way}"
     benchmark.extra_info.update(
         kind="overhead", form=form, way=way, peer=peer, routing=routing, dtype="float32", device="cpu"
     )
-    benchmark(steps(way, *sides[peer], t))
+    PLAYER.load(times)
+    benchmark.pedantic(PLAYER.play, rounds=len(times), iterations=1)

@@ -28,6 +28,10 @@ import routed_peft
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
+CHUNK_FRAMES, DEPTH_STEP = (
+    136,
+    37,
+)  # frames of _deeper in a chunk of Python's stack; those one round starts beyond another
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now
@@ -39,7 +43,9 @@ Sample = Callable[[], float]  # seconds of one call, measured now
 def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict[str, list[float]]:
     """``rounds`` samples of each in turn, or as many as ``seconds`` allow, at least three.
 
-    The first round warms up and does not count; every other one goes in the opposite order.
+    The first round warms up and does not count; every other one goes in the opposite order, and each starts at another
+    depth of Python's stack. CPython keeps frames in chunks of 16 KiB, and a call that crosses into the next one maps
+    memory and gives it back, up to 20 µs every time; whose calls the border meets is chance.
     """
     times: dict[str, list[float]] = {name: [] for name in samples}
     for sample in samples.values():
@@ -49,8 +55,12 @@ def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict
         if done >= 3 and time.perf_counter() - begin > seconds:
             break
         for name in samples if done % 2 == 0 else reversed(samples):
-            times[name].append(samples[name]())
+            times[name].append(_deeper(DEPTH_STEP * done % CHUNK_FRAMES, samples[name]))
     return times
+
+
+def _deeper(frames: int, sample: Sample) -> float:
+    return sample() if frames == 0 else _deeper(frames - 1, sample)
 
 
 def wall(call: Call, device: str, least: float = 2e-3) -> Sample:

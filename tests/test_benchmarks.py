@@ -103,6 +103,22 @@ def test_peers_take_turns():
     assert {len(mine) for mine in times.values()} == {4}
 
 
+def test_rounds_start_at_every_depth_of_a_chunk_of_the_stack():
+    depths = []
+
+    def sample():
+        frame, depth = sys._getframe(), 0
+        while frame is not None:
+            frame, depth = frame.f_back, depth + 1
+        depths.append(depth)
+        return 0.0
+
+    measure.interleaved({"a": sample, "b": sample}, rounds=measure.CHUNK_FRAMES, seconds=60)
+    first, *rounds = [depths[i] - depths[0] for i in range(0, len(depths), 2)]
+    assert first == 0 and len({*rounds}) == len(rounds) == max(rounds) - min(rounds) + 1
+    assert depths[::2] == depths[1::2]  # both peers of a round
+
+
 def test_a_slow_group_gets_three_rounds():
     times = measure.interleaved({name: lambda: 1.0 for name in "ab"}, rounds=50, seconds=0)
     assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
