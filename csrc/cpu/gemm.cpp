@@ -158,7 +158,6 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   const int64_t near_rows = rows <= kWide ? rows : kBlockRows;  // a tile's; there are several where b is laid out here
   const int64_t wide = 2 * set.lanes, row_step = Format::row_step(),
                 tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
-  const bool keep = !e.plus && factors.a.matrix.cols <= kShort;  // a's tile serves all columns; there is one step
   thread_local Scratch<Acc> sum_scratch, turned_scratch;
   thread_local Scratch<Unit> tile_scratch, panel_scratch;
   Rows<Unit> a{};
@@ -187,6 +186,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
       const int64_t lying = lies ? cols / wide * wide : 0;  // columns whose panels are read as they lie
       const bool large = lies && plan::worth_lines(f->b.matrix.cols, k);
       const int64_t step = large ? kStreams : kDepth;
+      const bool keep = !e.plus && k <= step;  // there is one step, and a's tile serves all columns
       for (int64_t k0 = 0; k0 < k; k0 += step) {
         const int64_t depth = std::min(step, k - k0), units = units_of<Format>(depth);
         const bool add = empty || f == e.plus || k0 > 0;

@@ -205,6 +205,49 @@ void products() {
   }
 }
 
+// Few rows times a b whose rows run along n, which is read as it lies: alone, and with a second product.
+template <class Acc>
+void in_place() {
+  Random random(9);
+  constexpr Dtype kDtype = sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const auto filled = [&](int64_t rows, int64_t cols) {
+    Tensor t(kDtype, rows, cols, random.coin() ? Layout::kDense : Layout::kPadded);
+    t.fill([&](int64_t, int64_t) { return random.uniform(); });
+    return t;
+  };
+  for (const int64_t m : {1, 13, int(plan::kRowsInPlace)}) {
+    for (const int64_t n : {33, 420, 1100}) {
+      for (const int64_t k : {31, 75, 300}) {
+        const Tensor a = filled(m, k), b = filled(k, n), left = filled(m, 40), right = filled(40, n);
+        const Factors second{left.matrix(), right.matrix()};
+        Epilogue e;
+        if (random.coin()) e.plus = &second;
+        const auto run = [&](auto&& call) {
+          Tensor out(kDtype, m, n);
+          call(out.matrix());
+          return out;
+        };
+        const Tensor out = run([&](const Matrix& to) { cpu::gemm<Acc>(host(0), to, a.matrix(), b.matrix(), e); });
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t j = 0; j < n; ++j) {
+            double sum = 0, size = 0;
+            const auto add = [&](double x, double y) { sum += x * y, size += std::abs(x * y); };
+            for (int64_t l = 0; l < k; ++l) add(get(a, i, l), get(b, l, j));
+            for (int64_t l = 0; e.plus && l < 40; ++l) add(get(left, i, l), get(right, l, j));
+            const double error = std::abs(get(out, i, j) - sum);
+            CHECK(error <= double(k + 48) * epsilon(kDtype) * size, "(%d, %d) of %d %d %d is off by %g", int(i), int(j),
+                  int(m), int(n), int(k), error);
+          }
+        }
+        for (const int64_t h : {1, 3}) {
+          const Tensor split = run([&](const Matrix& to) { cpu::gemm<Acc>(host(h), to, a.matrix(), b.matrix(), e); });
+          CHECK(split.bytes() == out.bytes(), "threads changed a bit, %d %d %d", int(m), int(n), int(k));
+        }
+      }
+    }
+  }
+}
+
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the
 // other factor and the result are converted. Bias and residual are laid down before, or added to the converted result.
 void library() {
@@ -436,5 +479,7 @@ int main() {
   rows_and_columns<float>();
   rows_and_columns<double>();
   products();
+  in_place<float>();
+  in_place<double>();
   library();
 }
