@@ -195,7 +195,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           panels = all_panels + laid_at<Acc, Format>(j0, cols, k0, k);
         } else {
           if (lying > 0) in_place = static_cast<const Unit*>(f->b.matrix.at(k0, j0));
-          Unit* fresh = panel_scratch.get(ld * kDepth / Format::kEach);
+          Unit* fresh = panel_scratch.get((ld - lying) * kDepth / Format::kEach);
           if (lying < cols) lay_panels<Acc, Format>(f->b, k0, j0 + lying, depth, cols - lying, fresh);
           panels = fresh;
         }
@@ -251,7 +251,7 @@ void blocked(const Host* host, const Matrix& out, const Factors& factors, const 
   const bool lies = reads_in_place<Format>(out, e.plus ? *e.plus : factors);
   const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1, lies);
   Array<typename Format::Unit> laid[2];
-  const bool narrow = (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
+  const bool narrow = !lies && (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
   if (host != nullptr && grid.row_blocks > 1 && narrow) {
     laid[0] = lay_all<Acc, Format>(*host, factors.b, grid);
     if (e.plus) laid[1] = lay_all<Acc, Format>(*host, e.plus->b, grid);

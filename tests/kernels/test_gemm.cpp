@@ -215,36 +215,44 @@ void in_place() {
     t.fill([&](int64_t, int64_t) { return random.uniform(); });
     return t;
   };
-  for (const int64_t m : {1, 13, int(plan::kRowsInPlace)}) {
-    for (const int64_t n : {33, 420, 1100}) {
-      for (const int64_t k : {31, 75, 300}) {
-        const Tensor a = filled(m, k), b = filled(k, n), left = filled(m, 40), right = filled(40, n);
-        const Factors second{left.matrix(), right.matrix()};
-        Epilogue e;
-        if (random.coin()) e.plus = &second;
-        const auto run = [&](auto&& call) {
-          Tensor out(kDtype, m, n);
-          call(out.matrix());
-          return out;
-        };
-        const Tensor out = run([&](const Matrix& to) { cpu::gemm<Acc>(host(0), to, a.matrix(), b.matrix(), e); });
-        for (int64_t i = 0; i < m; ++i) {
-          for (int64_t j = 0; j < n; ++j) {
-            double sum = 0, size = 0;
-            const auto add = [&](double x, double y) { sum += x * y, size += std::abs(x * y); };
-            for (int64_t l = 0; l < k; ++l) add(get(a, i, l), get(b, l, j));
-            for (int64_t l = 0; e.plus && l < 40; ++l) add(get(left, i, l), get(right, l, j));
-            const double error = std::abs(get(out, i, j) - sum);
-            CHECK(error <= double(k + 48) * epsilon(kDtype) * size, "(%d, %d) of %d %d %d is off by %g", int(i), int(j),
-                  int(m), int(n), int(k), error);
-          }
-        }
-        for (const int64_t h : {1, 3}) {
-          const Tensor split = run([&](const Matrix& to) { cpu::gemm<Acc>(host(h), to, a.matrix(), b.matrix(), e); });
-          CHECK(split.bytes() == out.bytes(), "threads changed a bit, %d %d %d", int(m), int(n), int(k));
-        }
+  const auto check = [&](int64_t m, int64_t n, int64_t k) {
+    const Tensor a = filled(m, k), b = filled(k, n), left = filled(m, 40), right = filled(40, n);
+    const Factors second{left.matrix(), right.matrix()};
+    Epilogue e;
+    if (random.coin()) e.plus = &second;
+    const auto run = [&](auto&& call) {
+      Tensor out(kDtype, m, n);
+      call(out.matrix());
+      return out;
+    };
+    const Tensor out = run([&](const Matrix& to) { cpu::gemm<Acc>(host(0), to, a.matrix(), b.matrix(), e); });
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        double sum = 0, size = 0;
+        const auto add = [&](double x, double y) { sum += x * y, size += std::abs(x * y); };
+        for (int64_t l = 0; l < k; ++l) add(get(a, i, l), get(b, l, j));
+        for (int64_t l = 0; e.plus && l < 40; ++l) add(get(left, i, l), get(right, l, j));
+        const double error = std::abs(get(out, i, j) - sum);
+        CHECK(error <= double(k + 48) * epsilon(kDtype) * size, "(%d, %d) of %d %d %d is off by %g", int(i), int(j),
+              int(m), int(n), int(k), error);
       }
     }
+    for (const int64_t h : {1, 2, 3}) {
+      const Tensor split = run([&](const Matrix& to) { cpu::gemm<Acc>(host(h), to, a.matrix(), b.matrix(), e); });
+      CHECK(split.bytes() == out.bytes(), "threads changed a bit, %d %d %d", int(m), int(n), int(k));
+    }
+    const Tensor serial = run([&](const Matrix& to) { cpu::gemm_serial<Acc>(to, a.matrix(), b.matrix(), e); });
+    CHECK(serial.bytes() == out.bytes(), "gemm_serial differs, %d %d %d", int(m), int(n), int(k));
+  };
+  for (const int64_t m : {1, 13, int(plan::kRowsInPlace)}) {
+    for (const int64_t n : {33, 420, 1100}) {
+      for (const int64_t k : {31, 75, 300}) check(m, n, k);
+    }
+  }
+  for (int i = 0; i < 3; ++i) {  // rows that are shared out among the threads
+    check(40, 64, 1700);
+    check(33, 250, 700);
+    check(20, 256, 1000);
   }
 }
 
