@@ -28,10 +28,8 @@ import routed_peft
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
-CHUNK_FRAMES, DEPTH_STEP = (
-    136,
-    37,
-)  # frames of _deeper in a chunk of Python's stack; those one round starts beyond another
+CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
+DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now
@@ -45,7 +43,7 @@ def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict
 
     The first round warms up and does not count; every other one goes in the opposite order, and each starts at another
     depth of Python's stack. CPython keeps frames in chunks of 16 KiB, and a call that crosses into the next one maps
-    memory and gives it back, up to 20 µs every time; whose calls the border meets is chance.
+    memory and gives it back, every time; whose calls the border meets is chance.
     """
     times: dict[str, list[float]] = {name: [] for name in samples}
     for sample in samples.values():

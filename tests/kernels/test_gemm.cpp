@@ -196,8 +196,8 @@ void products() {
   for (int i = 0; i < 2; ++i) product<float>(random, 290, 4000, 257);  // several tiles of a to a panel of b
   for (const int64_t rows : {1, 3, 16, 40, 200, 300}) product<float>(random, rows, 400, 24, 352);
   product<float>(random, 20, 300, 0, 288);
-  for (const int64_t rows :
-       {1, 2, 4, 7, 16, 17, 33, 48, 49}) {  // a large b that lies either way, of whole panels or not
+  // few rows and a large b that lies either way, of whole panels or not
+  for (const int64_t rows : {1, 2, 4, 7, 16, 17, 33, 48, 49}) {
     product<float>(random, rows, 420, 150);
     product<double>(random, rows, 416, 97);
   }
