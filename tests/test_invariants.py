@@ -209,3 +209,22 @@ def test_a_ragged_mean_does_not_depend_on_its_batch(offsets):
     together = functional.routed_lora(x, A, y, B, condition_cu_seqlens=torch.tensor(offsets), **options)
     alone = functional.routed_lora(x[:1], A, y[:2], B, condition_cu_seqlens=torch.tensor([0, 2]), **options)
     assert torch.equal(together[:1], alone)
+
+
+@pytest.mark.parametrize("routing", ["expand", "gram", "ones"])
+@pytest.mark.parametrize("conditions", [0, 256, 257, 600])
+def test_rank_one_sums_the_weights_gradients_of_all_its_blocks_of_conditions(routing, conditions):
+    torch.manual_seed(0)
+    x, y = (torch.randn(conditions, n, 24, dtype=torch.float64) for n in (2, 1))
+    A, B = torch.randn(8, 24, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
+
+    def gradients(backend):
+        a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+        functional.routed_lora(x, a, y, b, routing=routing, scaling=0.5, backend=backend).sum().backward()
+        return a.grad, b.grad
+
+    for _ in range(20):
+        poison = [torch.full_like(t, torch.nan) for t in (A, B) for _ in range(4)]
+        del poison  # what is left unwritten would be one of these
+        for got, want in zip(gradients("cpu"), gradients("reference"), strict=True):
+            torch.testing.assert_close(got, want)
