@@ -47,20 +47,23 @@ def may_read_weight(base: nn.Module, x: Tensor) -> bool:
     if type(base) is not nn.Linear and not is_conv1d(base):
         return False
     own, parameters = base.__dict__, base._parameters
+    weight = parameters.get("weight")
     if (
-        hooked(base)
+        weight is None
+        or "bias" not in parameters
         or "forward" in own
         or nn.Linear.forward is not _LINEAR_FORWARD
-        or parameters.get("weight") is None
-        or "bias" not in parameters
         or own.get("parametrizations") is not None
+        or hooked(base)
     ):
         return False
-    weight, device = parameters["weight"], x.device
-    for t in (weight, parameters["bias"]):
-        if t is not None and not (dense(t) and t.device == device):
-            return False
-    return bool(weight.dtype == functional.compute_dtype(x))  # type: ignore[union-attr]
+    bias, device = parameters["bias"], x.device
+    return (
+        dense(weight)
+        and weight.device == device
+        and (bias is None or (dense(bias) and bias.device == device))
+        and weight.dtype == functional.compute_dtype(x)
+    )
 
 
 def hooked(base: nn.Module) -> bool:
@@ -71,10 +74,7 @@ def hooked(base: nn.Module) -> bool:
         or base._backward_hooks
         or base._backward_pre_hooks
         or base.__dict__.get("_hf_hook")
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
     )
 
 
@@ -85,3 +85,9 @@ def dense(tensor: Any) -> bool:
 
 
 _LINEAR_FORWARD = nn.Linear.forward
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)

@@ -5,14 +5,160 @@ Values (offsets, index) are looked at on the CPU only: elsewhere that would wait
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .errors import ConditionShapeError
-from .routes import ROUTES, SCALES, one_of
+from .errors import ConditionShapeError, MissingConditionError
+from .reference import Options
+from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
+
+Others = tuple[Tensor | None, ...]
+
+
+class Asked(NamedTuple):
+    """What the caller of a routed call asks for, apart from its tensors."""
+
+    state_of: str | None  # the route of the ConditionState, if the condition is one
+    routing: str
+    scaling: float
+    scale: str
+    pool: str
+    activation: str
+    residual: bool
+    dropout: float
+    condition_dropout: float
+    out_slices: tuple[tuple[int, ...], ...]
+    route_across_slices: bool
+    out_features: int | None
+    backend: str
+
+
+def check_call(
+    name: str, dtype: torch.dtype, asked: Asked, tensors: Sequence[Tensor | None], others: Others
+) -> tuple[Options, Others]:
+    """All that a call has to fulfil. Unless one of ``others`` is given, the answer follows from what is asked and from
+    shapes, dtypes and devices alone.
+
+    Args:
+        name: opens every error text.
+        dtype: the dtype of the computation.
+        asked: what is asked for.
+        tensors: x, A, B, the condition (y or a state's tensor), C, W, bias, b_down, b_C and base.
+        others: condition mask, condition index, input mask, cu_seqlens, condition_cu_seqlens and seed.
+
+    Returns:
+        The options, and ``others`` as the ops take them.
+
+    Raises:
+        ConditionShapeError, MissingConditionError, ValueError: something does not fit.
+    """
+    (
+        state_of, routing, scaling, scale, pool, activation, residual, dropout_p, condition_p, out_slices, across,
+        out_features, backend,
+    ) = asked  # fmt: skip
+    x, A, B, condition, C, W, bias, b_down, b_C, base = tensors
+    mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed = others
+    assert x is not None and A is not None and B is not None
+    check_routing(routing, scale, backend)
+    one_of("activation", activation, ACTIVATIONS)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{name}: dropout_p must lie in [0, 1], got {dropout_p}")
+    if not 0 <= condition_p <= 1:
+        raise ValueError(f"{name}: condition_dropout_p must lie in [0, 1], got {condition_p}")
+    if not x.is_floating_point():
+        raise ConditionShapeError(f"{name}: the input must be floating point, got {x.dtype}")
+    slices, groups, out_features = output_layout(name, A, B, W, out_slices, across, out_features)
+    if x.dim() < 2 or x.shape[-1] != A.shape[1]:
+        raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
+    check_vector(name, "bias", bias, out_features)
+    check_vector(name, "b_down", b_down, A.shape[0])
+    check_vector(name, "b_C", b_C, A.shape[0])
+    check_seed(name, seed, x)
+    check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
+                  condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
+                  condition_cu_seqlens=condition_cu_seqlens)  # fmt: skip
+    check_base(name, base, x, dtype, out_features, residual)
+    if residual and out_features != x.shape[-1]:
+        raise ConditionShapeError(
+            f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}"
+        )
+
+    if routing == "none":
+        source, condition, mask, index, condition_cu_seqlens = "none", None, None, None, None
+    elif state_of is not None:
+        source = "state"
+        if state_of != routing:
+            raise ConditionShapeError(f"{name}: the ConditionState is for routing {state_of!r}, not {routing!r}")
+        if condition_cu_seqlens is not None:
+            raise ConditionShapeError(f"{name}: condition_cu_seqlens goes with a flat condition, not a ConditionState")
+    elif condition is None:
+        source = "in_sequence"
+        if mask is None:
+            raise MissingConditionError(
+                f"{name}: no condition was given; without one the route is in-sequence and needs mask [batch, tokens]"
+            )
+        if C is not None:
+            raise ConditionShapeError(
+                f"{name}: an in-sequence condition shares A, so C must be None, got {tuple(C.shape)}"
+            )
+        if index is not None:
+            raise ConditionShapeError(f"{name}: an in-sequence condition takes no condition_index")
+    else:
+        source = "tokens"
+        check_condition(name, condition, A if C is None else C, condition_cu_seqlens, shared=C is None)
+        if C is None and b_C is not None:
+            raise ConditionShapeError(f"{name}: b_C goes with a C; a shared projection shares b_down")
+    if condition is not None:
+        check_devices(name, x, condition=condition)
+
+    if cu_seqlens is not None:
+        cu_seqlens = check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
+        if input_mask is not None:
+            raise ConditionShapeError(f"{name}: input_mask goes with padded batches; a flat input has no padding")
+    if condition_cu_seqlens is not None and condition is not None:
+        condition_cu_seqlens = check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
+    samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
+    if mask is not None:
+        if source == "state":
+            raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
+        if source == "in_sequence":
+            by_sample = _positions(x, samples, cu_seqlens)
+            mask = check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
+        elif condition is not None:
+            if condition_cu_seqlens is not None:
+                raise ConditionShapeError(
+                    f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
+                )
+            shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
+            mask = check_mask(name, "condition mask", mask, shape, "condition")
+    if routing != "cross_gram":
+        input_mask = None
+    elif input_mask is not None:
+        input_mask = check_mask(name, "input mask", input_mask, _positions(x, samples, cu_seqlens), "input")
+    pool = resolve_pool(routing, pool)
+    check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
+
+    if source == "none" or source == "state":
+        condition_p = 0.0
+    elif source == "in_sequence":
+        condition_p = dropout_p  # V is rows of T, so it shares X's mask
+    options = Options(
+        samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_p,
+        activation, residual,
+    )  # fmt: skip
+    return options, (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
+
+
+def _positions(x: Tensor, samples: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    """The shape of a mask of x: [B, N], or [ΣN_i] with offsets."""
+    if cu_seqlens is not None:
+        return (x.shape[0],)
+    return (samples, math.prod(x.shape[1:-1]) if x.dim() > 2 else x.shape[0] // samples if samples else 0)
 
 
 def check_routing(routing: str, scale: str, backend: str) -> None:
@@ -56,13 +202,15 @@ def check_condition(name: str, y: Tensor, C: Tensor, cu_seqlens: Tensor | None, 
     return y
 
 
-def check_base(name: str, base: Tensor | None, x: Tensor, out_features: int, residual: bool) -> None:
+def check_base(
+    name: str, base: Tensor | None, x: Tensor, dtype: torch.dtype, out_features: int, residual: bool
+) -> None:
     """A base layer's output is what the call itself returns, shape and dtype, and the only thing it is added to."""
     if base is None:
         return
     wanted = (*x.shape[:-1], out_features)
-    if tuple(base.shape) != wanted or base.dtype != x.dtype:
-        raise ConditionShapeError(f"{name}: base must be {x.dtype} {wanted}, got {base.dtype} {tuple(base.shape)}")
+    if tuple(base.shape) != wanted or base.dtype != dtype:
+        raise ConditionShapeError(f"{name}: base must be {dtype} {wanted}, got {base.dtype} {tuple(base.shape)}")
     if residual:
         raise ConditionShapeError(f"{name}: a base's output takes the place of a residual; pass one of them")
 
@@ -100,7 +248,7 @@ def output_layout(
     A: Tensor,
     B: Tensor,
     W: Tensor | None,
-    out_slices: Sequence[tuple[int, int]] | None,
+    out_slices: tuple[tuple[int, ...], ...],
     across: bool,
     out_features: int | None,
 ) -> tuple[tuple[int, ...], int, int]:
@@ -108,28 +256,28 @@ def output_layout(
     for what, matrix in (("A", A), ("B", B), ("W", W)):
         if matrix is not None and (matrix.dim() != 2 or matrix.shape[1] == 0):
             raise ConditionShapeError(f"{name}: {what} must be a matrix with columns, got {tuple(matrix.shape)}")
-    pairs = [tuple(pair) for pair in out_slices] if out_slices else []
     rows, rank = B.shape
-    width = rank * max(len(pairs), 1)
+    width = rank * max(len(out_slices), 1)
     if A.shape[0] != width:
         raise ConditionShapeError(f"{name}: A has {A.shape[0]} rows, but B {tuple(B.shape)} needs {width}")
-    selected = sum(stop - start for start, stop in pairs) if pairs else rows
+    selected = sum(stop - start for start, stop in out_slices) if out_slices else rows
     if rows != selected:
         raise ConditionShapeError(f"{name}: B has {rows} rows, but out_slices select {selected}")
-    least = max([stop for _, stop in pairs]) if pairs else selected  # max(default=) breaks the graph under compile
+    # max(default=) breaks the graph under compile
+    least = max([stop for _, stop in out_slices]) if out_slices else selected
     total = W.shape[0] if W is not None else out_features if out_features is not None else least
     if W is not None and W.shape[1] != A.shape[1]:
         raise ConditionShapeError(f"{name}: W {tuple(W.shape)} does not match A {tuple(A.shape)}")
-    if total < least or (not pairs and total != selected):
+    if total < least or (not out_slices and total != selected):
         raise ConditionShapeError(f"{name}: the output has {total} columns, but B and out_slices need {least}")
-    if not pairs:
+    if not out_slices:
         return (), 1, total
     before = 0
-    for start, stop in sorted(pairs):
+    for start, stop in sorted(out_slices):
         if not before <= start < stop:
-            raise ConditionShapeError(f"{name}: out_slices must be non-empty and apart, got {pairs}")
+            raise ConditionShapeError(f"{name}: out_slices must be non-empty and apart, got {out_slices}")
         before = stop
-    return tuple(bound for pair in pairs for bound in pair), 1 if across else len(pairs), total
+    return tuple(bound for pair in out_slices for bound in pair), 1 if across else len(out_slices), total
 
 
 def sample_layout(

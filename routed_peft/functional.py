@@ -10,7 +10,6 @@ Source: Qu et al., ECCV 2024 (arXiv 2403.09377); shared forms and gradients as i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,22 +19,9 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import ops, reference
-from .checks import (
-    check_base,
-    check_condition,
-    check_cu_seqlens,
-    check_devices,
-    check_elementwise,
-    check_mask,
-    check_routing,
-    check_seed,
-    check_vector,
-    output_layout,
-    sample_layout,
-)
-from .errors import ConditionShapeError, MissingConditionError
+from .checks import Asked, Others, check_call, check_condition, check_devices, check_mask, check_routing, check_vector
 from .reference import Options
-from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, SOURCES, one_of, resolve_pool
+from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, SOURCES, resolve_pool
 from .state import ConditionState, versions_of
 
 
@@ -242,7 +228,7 @@ def encode_condition(
     check_vector(name, "b_C", b_C, C.shape[0])
     y = y.to(compute_dtype(y)).contiguous()
     mask = check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
-    where = ops.resolve_backend(backend, routing, C.shape[0] // groups, groups, y)
+    where = ops.resolve_backend(backend, routing, C.shape[0] // groups, groups, y.dtype, y.device)
     if where == "reference":
         options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
         state = reference.run_encode(y, C, b_C, mask, options)
@@ -299,127 +285,64 @@ def apply(
     cu_seqlens: Tensor | None = None,
     condition_cu_seqlens: Tensor | None = None,
     base: Tensor | None = None,
+    own_state: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """What the three public forms share: check the arguments, then run the backend. ``name`` opens every error text.
 
     ``base`` [..., o], in the dtype of the computation, is what some other layer gave for x: the update is added to it
-    as it is written, in one pass. It is only read, for others may hold it too.
+    as it is written, in one pass. It is only read, for others may hold it too. With ``own_state`` a state has to be
+    made of the very matrix, and bias, that would project the condition.
     """
-    check_routing(routing, scale, backend)
-    one_of("activation", activation, ACTIVATIONS)
-    condition_p = dropout_p if condition_dropout_p is None else condition_dropout_p
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"{name}: dropout_p must lie in [0, 1], got {dropout_p}")
-    if not 0 <= condition_p <= 1:
-        raise ValueError(f"{name}: condition_dropout_p must lie in [0, 1], got {condition_p}")
-    if not x.is_floating_point():
-        raise ConditionShapeError(f"{name}: the input must be floating point, got {x.dtype}")
-    slices, groups, out_features = output_layout(name, A, B, W, out_slices, route_across_slices, out_features)
-    if x.dim() < 2 or x.shape[-1] != A.shape[1]:
-        raise ConditionShapeError(f"{name}: input must be [..., {A.shape[1]}], got {tuple(x.shape)}")
-    check_vector(name, "bias", bias, out_features)
-    check_vector(name, "b_down", b_down, A.shape[0])
-    check_vector(name, "b_C", b_C, A.shape[0])
-    check_seed(name, seed, x)
-    check_devices(name, x, A=A, B=B, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
-                  condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
-                  condition_cu_seqlens=condition_cu_seqlens)  # fmt: skip
+    p = float(dropout_p)
+    condition_p = p if condition_dropout_p is None else float(condition_dropout_p)
     dtype = compute_dtype(x)
+    state = state_or_y if isinstance(state_or_y, ConditionState) else None
+    condition: Tensor | None = state_or_y if state is None else state.tensor  # type: ignore[assignment]
+    asked = Asked(
+        None if state is None else state.routing, routing, float(scaling), scale, pool, activation, residual, p,
+        condition_p, () if out_slices is None else tuple(map(tuple, out_slices)), route_across_slices, out_features,
+        backend,
+    )  # fmt: skip
+    tensors = (x, A, B, condition, C, W, bias, b_down, b_C, base)
+    others: Others = (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
+    # What was found for a call holds for all that are like it. Not where values are looked at, nor where something in
+    # torch looks on: sizes may be symbols there.
+    like = None
+    if (
+        mask is None and index is None and input_mask is None and cu_seqlens is None and condition_cu_seqlens is None
+        and seed is None and ops.untouched()
+    ):  # fmt: skip
+        like = (dtype, asked, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    found = None if like is None else _found.get(like)
+    if found is None:
+        options, others = check_call(name, dtype, asked, tensors, others)
+        width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
+        found = ops.resolve_backend(backend, routing, width, slices, dtype, x.device), options, _numbers(options)
+        if like is not None and not any(t is not None for t in others) and found[0] != "reference":
+            if len(_found) >= _MOST_FOUND:
+                _found.clear()
+            _found[like] = found
+    where, options, numbers = found
+
+    source = options.source
+    if source == "state":
+        assert state is not None
+        state.check_fresh(name, *((A, b_down) if C is None else (C, b_C)), own=own_state)
+        condition = _contiguous(state.tensor, torch.float64 if dtype == torch.float64 else torch.float32)
+    else:
+        condition = None if condition is None or source == "none" else _contiguous(condition, dtype)
+    if source != "tokens":
+        C = b_C = None  # nothing is projected
     x = _contiguous(x, dtype)
     if W is not None and W.dtype != dtype:
         W = W.to(dtype)
-    check_base(name, base, x, out_features, residual)
-    if residual and out_features != x.shape[-1]:
-        raise ConditionShapeError(
-            f"{name}: a residual needs as many outputs as inputs, got {out_features} and {x.shape[-1]}"
-        )
-
-    condition: Tensor | None
-    if routing == "none":
-        source, condition, mask, index = "none", None, None, None
-        condition_cu_seqlens = None
-    elif isinstance(state_or_y, ConditionState):
-        source, condition = "state", state_or_y.tensor
-        if state_or_y.routing != routing:
-            raise ConditionShapeError(
-                f"{name}: the ConditionState is for routing {state_or_y.routing!r}, not {routing!r}"
-            )
-        state_or_y.check_fresh(name, *((A, b_down) if C is None else (C, b_C)))
-        if condition_cu_seqlens is not None:
-            raise ConditionShapeError(f"{name}: condition_cu_seqlens goes with a flat condition, not a ConditionState")
-        check_devices(name, x, condition=condition)
-        condition = _contiguous(condition, torch.float64 if dtype == torch.float64 else torch.float32)
-    elif state_or_y is None:
-        source, condition = "in_sequence", None
-        if mask is None:
-            raise MissingConditionError(
-                f"{name}: no condition was given; without one the route is in-sequence and needs mask [batch, tokens]"
-            )
-        if C is not None:
-            raise ConditionShapeError(
-                f"{name}: an in-sequence condition shares A, so C must be None, got {tuple(C.shape)}"
-            )
-        if index is not None:
-            raise ConditionShapeError(f"{name}: an in-sequence condition takes no condition_index")
-    else:
-        source = "tokens"
-        condition = check_condition(name, state_or_y, A if C is None else C, condition_cu_seqlens, shared=C is None)
-        if C is None and b_C is not None:
-            raise ConditionShapeError(f"{name}: b_C goes with a C; a shared projection shares b_down")
-        check_devices(name, x, condition=condition)
-        condition = _contiguous(condition, dtype)
-
-    if source != "tokens":
-        C = b_C = None  # nothing is projected
-    if cu_seqlens is not None:
-        cu_seqlens = check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
-        if input_mask is not None:
-            raise ConditionShapeError(f"{name}: input_mask goes with padded batches; a flat input has no padding")
-    if condition_cu_seqlens is not None and condition is not None:
-        condition_cu_seqlens = check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
-    samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
-    if mask is not None:
-        if source == "state":
-            raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
-        if source == "in_sequence":
-            by_sample = _positions(x, samples, cu_seqlens)
-            mask = check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
-        elif condition is not None:
-            if condition_cu_seqlens is not None:
-                raise ConditionShapeError(
-                    f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
-                )
-            shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
-            mask = check_mask(name, "condition mask", mask, shape, "condition")
-    if routing != "cross_gram":
-        input_mask = None
-    elif input_mask is not None:
-        input_mask = check_mask(name, "input mask", input_mask, _positions(x, samples, cu_seqlens), "input")
-    pool = resolve_pool(routing, pool)
-    check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
-
-    if source == "none" or source == "state":
-        condition_p = 0.0
-    elif source == "in_sequence":
-        condition_p = dropout_p  # V is rows of T, so it shares X's mask
-    if seed is None and (dropout_p or condition_p):
-        seed = draw_seed(x.device)
-    scaling, dropout_p, condition_p = float(scaling), float(dropout_p), float(condition_p)
-    inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
-    others = (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
     base = None if base is None else base.contiguous()
-    where = ops.resolve_backend(backend, routing, A.shape[0] // groups, max(len(slices) // 2, 1), x)
+    if seed is None and (p or options.condition_dropout):
+        others = (*others[:-1], draw_seed(x.device))
+    inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
     if where == "reference":
-        options = Options(
-            samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_p,
-            activation, residual,
-        )  # fmt: skip
         return reference.run((*inputs, *others, base), options)
-    numbers = (
-        samples, ROUTES[routing].code, SOURCES[source], POOLS[pool], SCALES[scale], groups, list(slices),
-        out_features, scaling, dropout_p, condition_p, ACTIVATIONS[activation], residual,
-    )  # fmt: skip
     # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
     differentiated = _differentiated(*inputs)
     if torch.compiler.is_exporting() or not (differentiated or _differentiated(base)):
@@ -433,15 +356,22 @@ def apply(
     return _record(_Routed, *inputs, base, (where, others, numbers, save))[0]  # type: ignore[no-any-return]
 
 
+# What `apply` found for calls without masks, indices, offsets and seeds: backend, options, and these as numbers.
+_found: dict[Any, tuple[str, Options, tuple[Any, ...]]] = {}
+_MOST_FOUND = 4096
+
+
+def _numbers(options: Options) -> tuple[Any, ...]:
+    """The options as the ops take them."""
+    return (
+        options.samples, ROUTES[options.routing].code, SOURCES[options.source], POOLS[options.pool],
+        SCALES[options.scale], options.groups, list(options.slices), options.out_features, options.scaling,
+        options.dropout, options.condition_dropout, ACTIVATIONS[options.activation], options.residual,
+    )  # fmt: skip
+
+
 def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:
     return (t if t.dtype == dtype else t.to(dtype)).contiguous()
-
-
-def _positions(x: Tensor, samples: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    """The shape of a mask of x: [B, N], or [ΣN_i] with offsets."""
-    if cu_seqlens is not None:
-        return (x.shape[0],)
-    return (samples, math.prod(x.shape[1:-1]) if x.dim() > 2 else x.shape[0] // samples if samples else 0)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import functional, ops, reference
 from .base_layers import dense, hooked, is_conv1d, linear_features, may_read_weight, parameter_options
 from .delivery import Delivered, Slot
-from .errors import ConditionShapeError, MissingConditionError, StaleStateError, UnsupportedError
+from .errors import ConditionShapeError, MissingConditionError, UnsupportedError
 from .reference import Options
 from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
 from .state import ConditionState
@@ -59,7 +59,7 @@ class RoutedLayer(nn.Module):
                     f"{self.label}: condition_source='in_sequence' takes its condition from the input at "
                     "condition_mask; pass no condition"
                 )
-            return self._own(Delivered(condition, mask, index, input_mask))
+            return Delivered(condition, mask, index, input_mask)
         slot = self.slot.read(self.label) if self.slot is not None else None
         if slot is not None and slot.states is not None:
             given, slot = slot, self._remembered(x, slot)
@@ -80,7 +80,7 @@ class RoutedLayer(nn.Module):
                 )
             if in_sequence:
                 return Delivered(None, slot.mask, None, slot.input_mask if input_mask is None else input_mask)
-            return self._own(slot if input_mask is None else slot._replace(input_mask=input_mask))
+            return slot if input_mask is None else slot._replace(input_mask=input_mask)
         if self.missing == "error":
             raise MissingConditionError(
                 f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, y):', "
@@ -135,19 +135,6 @@ class RoutedLayer(nn.Module):
             return given
         state = joint.state_of(self, functional.compute_dtype(x))
         return given if state is None else given._replace(condition=state, mask=None)
-
-    def _own(self, given: Delivered) -> Delivered:
-        """``given``, unless it holds a state of another layer, which may well have the right shape."""
-        y = given.condition
-        # Under compile not even looked at: the tracer would guard on every version counter.
-        if isinstance(y, ConditionState) and not torch.compiler.is_compiling() and y.versions:
-            own = [id(p) for p in self._parameters.values()]
-            if not all(key in own for key, _ in y.versions):
-                raise StaleStateError(
-                    f"{self.label}: this ConditionState was encoded with other parameters than this layer's; encode it "
-                    "with this layer"
-                )
-        return given
 
     def _touch(self, out: Tensor, *parameters: Tensor | None) -> Tensor:
         """``out`` plus zero times every parameter: a distributed run that waits for their gradients gets them."""
@@ -291,31 +278,33 @@ class LowRankUpdate(RoutedLayer):
             plain = base if isinstance(base, Tensor) else base(x)
             self._tell_of_lost_gradient(x, plain)
             return self._touch(plain, self.A, self.B, self.C)
-        routing = self.routing if given is not None else "none"
         y, mask, index, valid, *_ = given if given is not None else Delivered(None, None, None, None)
-        p = self.lora_dropout if self.training else 0.0
-        options: dict[str, Any] = dict(
-            routing=routing, scaling=self.scaling, mask=mask, index=index, input_mask=valid, pool=self.condition_pool,
-            scale=self.condition_scale, dropout_p=p, condition_dropout_p=self.condition_p(), out_slices=self.out_slices,
-            route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
-            condition_cu_seqlens=condition_cu_seqlens, backend=self.backend,
-        )  # fmt: skip
         a, b, c = self.A, self.B, self.C
-        if not isinstance(base, Tensor) and may_read_weight(base, x):
-            w: Any = base._parameters["weight"] if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
-            out = functional.apply(self.label, x, a, y, b, c, W=w, bias=base._parameters["bias"], **options)
-            return out if given is not None else self._touch(out, c)
-        plain = base if isinstance(base, Tensor) else base(x)
-        self._tell_of_lost_gradient(x, plain)
-        options["out_features"] = self.out_features
-        wanted = (*x.shape[:-1], self.out_features)
-        if type(plain) is Tensor and plain.dtype == functional.compute_dtype(x) and plain.shape == wanted:
-            # Read once and written to a tensor of our own: the base layer's output may be something its own backward,
-            # a hook or a cache still reads.
-            out = functional.apply(self.label, x, a, y, b, c, base=plain, **options)
+        w = bias = plain = None
+        if isinstance(base, Tensor):
+            plain = base
+        elif may_read_weight(base, x):
+            w = base._parameters["weight"] if type(base) is nn.Linear else base.weight.t()  # type: ignore[operator]
+            bias = base._parameters["bias"]
         else:
-            update = functional.apply(self.label, x, a, y, b, c, **options)
-            out = plain + update.to(plain.dtype).reshape(plain.shape)
+            plain = base(x)
+        fits = False
+        if plain is not None:
+            self._tell_of_lost_gradient(x, plain)
+            wanted = (*x.shape[:-1], self.out_features)
+            fits = type(plain) is Tensor and plain.dtype == functional.compute_dtype(x) and plain.shape == wanted
+        # A base layer's output that fits is read once, and the sum written to a tensor of our own: it may be something
+        # that layer's backward, a hook or a cache still reads.
+        out = functional.apply(
+            self.label, x, a, y, b, c, W=w, bias=bias, base=plain if fits else None, out_features=self.out_features,
+            routing=self.routing if given is not None else "none", scaling=self.scaling, mask=mask, index=index,
+            input_mask=valid, pool=self.condition_pool, scale=self.condition_scale,
+            dropout_p=self.lora_dropout if self.training else 0.0, condition_dropout_p=self.condition_p(),
+            out_slices=self.out_slices, route_across_slices=self.route_across_slices, cu_seqlens=cu_seqlens,
+            condition_cu_seqlens=condition_cu_seqlens, own_state=True, backend=self.backend,
+        )  # fmt: skip
+        if plain is not None and not fits:
+            out = plain + out.to(plain.dtype).reshape(plain.shape)
         return out if given is not None else self._touch(out, c)
 
     def _tell_of_lost_gradient(self, x: Tensor, plain: Tensor) -> None:
@@ -625,7 +614,7 @@ class RoutedAdapter(RoutedLayer):
             self.label, x, self.down, y, self.up, self.condition_down, bias=self.up_bias, b_down=self.down_bias,
             b_C=self.condition_bias, routing=routing, scaling=1.0, activation=self.activation, residual=self.residual,
             mask=mask, index=index, input_mask=valid, pool=self.condition_pool, scale=self.condition_scale,
-            dropout_p=self.condition_p(), backend=self.backend,
+            dropout_p=self.condition_p(), own_state=True, backend=self.backend,
         )  # fmt: skip
         return out if given is not None else self._touch(out, self.condition_down, self.condition_bias)
 

@@ -148,17 +148,18 @@ def _short(dtype: torch.dtype) -> str:
 _told: set[str] = set()
 
 
-def resolve_backend(backend: str, routing: str, width: int, slices: int, x: Tensor) -> str:
+def resolve_backend(
+    backend: str, routing: str, width: int, slices: int, dtype: torch.dtype, device: torch.device
+) -> str:
     """Who computes this call: a name in BACKENDS or "reference". Falling back under "auto" is told once."""
     if backend == "reference":
         return backend
-    device = x.device
     kind = device.type
     meta = kind == "meta"  # shapes alone, which are the same everywhere
     where = backend if backend != "auto" else "cpu" if meta else kind
     if backend != "auto" and not meta and kind != BACKENDS[backend].device:
         raise UnsupportedError(f"backend={backend!r} was asked for, and the input is on {device}; use backend='auto'")
-    reason = _refusal("cpu" if meta else where, routing, width, slices, x.dtype, device)
+    reason = _refusal("cpu" if meta else where, routing, width, slices, dtype, device)
     if not reason:
         return where
     if backend != "auto":

@@ -43,12 +43,21 @@ class ConditionState:
         """The states of the conditions ``rows`` (int64 [K]), for instance to reorder beams."""
         return ConditionState(self.routing, self.tensor.index_select(0, rows), self.versions)
 
-    def check_fresh(self, name: str, *parameters: Tensor | None) -> None:
-        """Raise StaleStateError if one of ``parameters`` changed since this state was encoded with it."""
+    def check_fresh(self, name: str, *parameters: Tensor | None, own: bool = False) -> None:
+        """Raise StaleStateError if one of ``parameters`` changed since this state was encoded with it, or if the state
+        is to be their ``own`` and was encoded with others: it may well have the right shape."""
         if torch.compiler.is_compiling():
-            return  # a version counter is no part of a traced graph
+            return  # a version counter is no part of a traced graph, which would be guarded with every one
         now = _versions_now(parameters)
-        if now != self.versions and any(dict(now).get(key, version) != version for key, version in self.versions):
+        if now == self.versions:
+            return
+        known = dict(now)
+        if own and any(key not in known for key, _ in self.versions):
+            raise StaleStateError(
+                f"{name}: this ConditionState was encoded with other parameters than this layer's; encode it with "
+                "this layer"
+            )
+        if any(known.get(key, version) != version for key, version in self.versions):
             raise StaleStateError(
                 f"{name}: this ConditionState was encoded before the parameters changed; encode it again"
             )
