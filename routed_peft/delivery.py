@@ -80,18 +80,21 @@ class Slot:
     def __init__(self) -> None:
         self._local = threading.local()
 
-    def read(self, label: str) -> Delivered | None:
-        """The condition of the running call, for the layer called ``label`` in errors; None if there is none.
+    def read(self, reader: Any) -> Delivered | None:
+        """The condition of the running call, for the layer ``reader``, whose ``label`` errors give; None if there is
+        none.
 
         Raises:
             MissingConditionError: a backward pass is running and the slot was filled outside of it.
         """
-        if not torch.compiler.is_compiling() and self.outlived():
+        held: Held = getattr(self._local, "held", _NOTHING)
+        task = running_backward()
+        if task != -1 and task != held.task:
             raise MissingConditionError(
-                f"{label}: no condition during recomputation: checkpointing was enabled by a function routed_peft did "
-                "not bind; pass the condition as an argument of the layer"
+                f"{reader.label}: no condition during recomputation: checkpointing was enabled by a function "
+                "routed_peft did not bind; pass the condition as an argument of the layer"
             )
-        return self.value()
+        return held.value
 
     def held(self) -> Held:
         """What this thread's slot holds."""
@@ -252,27 +255,30 @@ class States:
 
     def __init__(self, owned: bool = False) -> None:
         self.owned = owned
-        self._kept: weakref.WeakKeyDictionary[RoutedLayer, tuple[ConditionState, Any]] = weakref.WeakKeyDictionary()
+        # By identity, which is faster than a WeakKeyDictionary; the layer beside it says whether it is still that one.
+        self._kept: dict[int, tuple[weakref.ref[RoutedLayer], ConditionState, Any]] = {}
+
+    def _of(self, layer: RoutedLayer) -> tuple[Any, Any]:
+        """The state that ``layer`` kept, and under which key."""
+        kept = self._kept.get(id(layer))
+        return kept[1:] if kept is not None and kept[0]() is layer else (None, None)
 
     def find(self, layer: RoutedLayer, key: Any) -> ConditionState | None:
         """The state that ``layer`` kept under an equal ``key``."""
-        state, kept_under = self._kept.get(layer, (None, None))
+        state, kept_under = self._of(layer)
         return state if kept_under == key else None
 
     def keep_once(self, layer: RoutedLayer, key: Any, state: ConditionState) -> ConditionState:
         """``keep``, for a state that is made of the layer's own input; of two runs in a call, none can be kept."""
-        if layer in self._kept:
-            self._kept[layer] = state, _TWICE
-            return state
-        return self.keep(layer, key, state)
+        return self.keep(layer, key if self._of(layer)[0] is None else _TWICE, state)
 
     def ran_twice(self, layer: RoutedLayer) -> bool:
         """Whether ``layer`` made more than one state in the prompt's call."""
-        return self._kept.get(layer, (None, None))[1] is _TWICE
+        return self._of(layer)[1] is _TWICE
 
     def keep(self, layer: RoutedLayer, key: Any, state: ConditionState) -> ConditionState:
         """Keep ``state`` for ``layer`` in place of an earlier one."""
-        self._kept[layer] = state, key
+        self._kept[id(layer)] = weakref.ref(layer), state, key
         return state
 
 
@@ -438,7 +444,10 @@ def memory_of(cache: Any, slot: Slot) -> Memory | None:
     if "_routed_peft" not in own:
         own["_routed_peft"] = _Memories()
         own.update({name: _Followed(cache, name) for name in _Followed.METHODS if hasattr(type(cache), name)})
-    return own["_routed_peft"].by_slot.setdefault(slot, Memory())  # type: ignore[no-any-return]
+    memories = own["_routed_peft"].by_slot
+    if slot not in memories:
+        memories[slot] = Memory()
+    return memories[slot]  # type: ignore[no-any-return]
 
 
 def is_empty(cache: Any) -> bool:

@@ -243,10 +243,11 @@ def encode_condition(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a layer computes in: autocast's where it is on for x's device, else x's own."""
+    dtype = x.dtype
+    if not torch._C._is_any_autocast_enabled() or not dtype.is_floating_point or dtype == torch.float64:
+        return dtype
     kind = x.device.type
-    if kind != "meta" and x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else dtype
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -308,10 +309,10 @@ def apply(
     others: Others = (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
     # What was found for a call holds for all that are like it. Not where values are looked at, nor where something in
     # torch looks on: sizes may be symbols there.
-    like = None
+    like, alone = None, ops.untouched()
     if (
-        mask is None and index is None and input_mask is None and cu_seqlens is None and condition_cu_seqlens is None
-        and seed is None and ops.untouched()
+        alone and mask is None and index is None and input_mask is None and cu_seqlens is None
+        and condition_cu_seqlens is None and seed is None
     ):  # fmt: skip
         like = (dtype, asked, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
     found = None if like is None else _found.get(like)
@@ -346,7 +347,7 @@ def apply(
     # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
     differentiated = _differentiated(*inputs)
     if torch.compiler.is_exporting() or not (differentiated or _differentiated(base)):
-        return ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, 0)[0]  # type: ignore[no-any-return]
+        return ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, 0, alone=alone)[0]  # type: ignore[no-any-return]
     save = 0
     if differentiated:
         encodes = source in ("tokens", "in_sequence")

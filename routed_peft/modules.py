@@ -60,7 +60,7 @@ class RoutedLayer(nn.Module):
                     "condition_mask; pass no condition"
                 )
             return Delivered(condition, mask, index, input_mask)
-        slot = self.slot.read(self.label) if self.slot is not None else None
+        slot = self.slot.read(self) if self.slot is not None else None
         if slot is not None and slot.states is not None:
             given, slot = slot, self._remembered(x, slot)
             in_sequence = in_sequence and slot.condition is given.condition  # else there is a state of its rows

@@ -334,12 +334,12 @@ def untouched() -> bool:
     )
 
 
-def run(op: Any, *args: Any) -> Any:
+def run(op: Any, *args: Any, alone: bool | None = None) -> Any:
     """``op(*args)``; where gradients are off, so that none can be lost, without the kernel that installs the formula.
 
-    That is Python, and takes as long as a small call itself.
+    That is Python, and takes as long as a small call itself. ``alone`` is what ``untouched()`` said, if it was asked.
     """
-    if _BelowAutograd is None or torch.is_grad_enabled() or not untouched():
+    if torch.is_grad_enabled() or _BelowAutograd is None or not (untouched() if alone is None else alone):
         return op(*args)
     with _BelowAutograd():
         return op(*args)

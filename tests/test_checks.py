@@ -87,7 +87,11 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_misuse(name):
+    """After good calls, what was found for which must not be taken for these."""
     call, text = WRONG[name]
+    with torch.no_grad():
+        for good in (lora, adapter, lambda: onto(torch.randn(2, 5, 10))):
+            good()
     with pytest.raises(ValueError, match=text) as caught:
         call()
     if name != "dropout":
@@ -103,6 +107,52 @@ def test_a_delivered_condition_takes_no_mask_or_index_of_the_call():
     model = torch.nn.Sequential(rp.RoutedLoRA.from_features(6, 10, r=3))
     with rp.condition(model, Y), pytest.raises(ConditionShapeError, match="go with a condition argument"):
         model[0](X, condition_index=torch.tensor([1, 0]))
+
+
+STATE = rp.ConditionState("mul", torch.randn(2, 3))
+ALIKE = [  # each differs from the first, or another one, in one thing that the answer depends on
+    {}, dict(scaling=2.0), dict(routing="expand"), dict(routing="add"), dict(pool="first"), dict(routing="gram"),
+    dict(routing="gram", scale="none"), dict(activation="relu"), dict(state_or_y=STATE), dict(state_or_y=Y[:, 0]),
+    dict(x=X.double()), dict(x=X[:, :3]), dict(x=X.bfloat16()), dict(A=A.repeat(2, 1), B=B.repeat(1, 2)),
+    dict(A=A.repeat(2, 1), out_slices=[(0, 5), (7, 12)], out_features=12),
+    dict(A=A.repeat(2, 1), out_slices=[(0, 5), (7, 12)], out_features=13),
+    dict(A=A.repeat(2, 1), out_slices=[(0, 6), (7, 11)], out_features=12),
+    dict(A=A.repeat(2, 1), out_slices=[(0, 5), (7, 12)], out_features=12, route_across_slices=True),
+    dict(W=torch.randn(10, 6)), dict(bias=torch.randn(10)), dict(base=torch.randn(2, 5, 10)), dict(C=C),
+    dict(b_down=torch.randn(3)), dict(C=C, b_C=torch.randn(3)), dict(B=torch.randn(6, 3)),
+    dict(B=torch.randn(6, 3), residual=True), dict(dropout_p=1.0), dict(dropout_p=1.0, condition_dropout_p=0.0),
+    dict(backend="reference"), dict(mask=torch.eye(2, 4).bool()), dict(index=torch.tensor([1, 0])),
+]  # fmt: skip
+
+
+def test_what_was_found_for_a_call_serves_only_its_like(monkeypatch):
+    def run(changed):
+        given = dict(x=X, A=A, state_or_y=Y, B=B, C=None, routing="mul", scaling=1.0) | changed
+        return functional.apply("layer", **given)
+
+    with torch.no_grad():
+        wanted = []
+        for changed in ALIKE:
+            monkeypatch.setattr(functional, "_found", {})
+            wanted.append(run(changed))
+        monkeypatch.setattr(functional, "_found", {})
+        for _ in range(2):
+            for changed, out in zip(ALIKE, wanted, strict=True):
+                assert torch.equal(run(changed), out), changed
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run({}).dtype == torch.bfloat16
+        assert len(functional._found) == len(ALIKE) - 3 + 1  # no reference, mask or index; and under autocast
+        monkeypatch.setattr(functional, "check_call", None)
+        run({})
+
+
+def test_what_was_found_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(functional, "_found", {})
+    monkeypatch.setattr(functional, "_MOST_FOUND", 4)
+    with torch.no_grad():
+        for n in range(1, 9):
+            lora(torch.randn(2, n, 6))
+            assert 1 <= len(functional._found) <= 4
 
 
 def test_a_fallback_is_told_once(monkeypatch):
@@ -136,6 +186,7 @@ def test_what_the_kernels_do_not_take(kernels, monkeypatch, width, slices, dtype
         functional.routed_lora(x, a, None, b, backend=kernels, **options)
     if kernels == "emulated":  # as if it were what such tensors always go to
         monkeypatch.setitem(ops.BACKENDS, "cpu", ops.BACKENDS["emulated"])
+        monkeypatch.setattr(functional, "_found", {})
     monkeypatch.setattr(ops, "_told", set())
     with pytest.warns(UserWarning, match=f"plain torch reference backend: {text}"):
         functional.routed_lora(x, a, None, b, **options)

@@ -164,7 +164,7 @@ class RoutedPeftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 continue
             update: Any = self.rpeft_update[name]
             rows = torch.tensor([row for row, each in enumerate(names) if each == name], device=x.device)
-            given = update.slot.read(update.label)
+            given = update.slot.read(update)
             with update.slot.holding(None if given is None else _of_rows(update.label, given, rows, samples)):
                 out[rows] = update(out[rows], x[rows])
         return out.reshape(base.shape)
