@@ -20,6 +20,7 @@ CPU_SOURCES = [
     "csrc/cpu/route.cpp",
     "csrc/cpu/rank_one.cpp",
     "csrc/cpu/routed.cpp",
+    "csrc/cpu/rows.cpp",
 ]
 KERNELS = [
     "pack", "condition", "rank_one", "down_route", "route", "gram", "up_project", "routed",

@@ -31,6 +31,7 @@ CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
 CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
 DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
+LEAST_ROUNDS = 7  # fewer leave a median to chance where the machine is shared
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now
 
@@ -39,7 +40,7 @@ Sample = Callable[[], float]  # seconds of one call, measured now
 
 
 def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """``rounds`` samples of each in turn, or as many as ``seconds`` allow, at least three.
+    """``rounds`` samples of each in turn, or as many as ``seconds`` allow, at least LEAST_ROUNDS.
 
     The first round warms up and does not count; every other one goes in the opposite order, and each starts at another
     depth of Python's stack. CPython keeps frames in chunks of 16 KiB, and a call that crosses into the next one maps
@@ -50,7 +51,7 @@ def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict
         sample()
     begin = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > seconds:
+        if done >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for name in samples if done % 2 == 0 else reversed(samples):
             times[name].append(_deeper(DEPTH_STEP * done % CHUNK_FRAMES, samples[name]))
@@ -154,6 +155,20 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 # ---- memory and launches
 
 
+def keep_memory() -> bool:
+    """Let this process keep the memory that it frees; whether the system has a way to that (glibc has).
+
+    Else a large tensor may get fresh pages, of which each is a page fault, several milliseconds together; which call
+    that meets depends on what the calls before it left.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
 def saved_bytes(forward: Callable[[], object], parameters: set[int]) -> int:
     """What autograd keeps of a forward for its backward, each storage once, without those in ``parameters``."""
     held: dict[int, int] = {}
@@ -225,6 +240,7 @@ def facts(device: str) -> dict[str, object]:
     else:
         said |= {"processor": cpu_model(), "threads": torch.get_num_threads()}
         said |= {"instruction set": routed_peft.build_info().get("cpu_isa", "none")}
+        said |= {"freed memory": "kept by the process" if keep_memory() else "as the system has it"}
     return said | {"copy bandwidth, GB/s": round(copy_bandwidth(device) / 1e9, 1)}
 
 

@@ -119,9 +119,9 @@ def test_rounds_start_at_every_depth_of_a_chunk_of_the_stack():
     assert depths[::2] == depths[1::2]  # both peers of a round
 
 
-def test_a_slow_group_gets_three_rounds():
+def test_a_slow_group_gets_seven_rounds():
     times = measure.interleaved({name: lambda: 1.0 for name in "ab"}, rounds=50, seconds=0)
-    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert times == {"a": [1.0] * 7, "b": [1.0] * 7}
 
 
 def test_a_step_is_forward_and_backward():
@@ -162,7 +162,7 @@ def test_a_run_has_every_cell_with_its_numbers(ran):
     assert found == {(*way, peer) for way in ways for peer in ("routed_peft", "eager", "base")}
     for bench in raw["benchmarks"]:
         info, stats = bench["extra_info"], bench["stats"]
-        assert stats["rounds"] == 3
+        assert stats["rounds"] == measure.LEAST_ROUNDS
         assert 0 < stats["min"] <= stats["p20"] <= stats["median"] <= stats["p80"] <= stats["max"]
         assert info["model_bytes"] > 0 and info["floor_seconds"] > 0
         assert ("saved_bytes" in info) == (info["way"] == "step")

@@ -5,6 +5,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 
 namespace routed_peft::cpu {
 namespace {

@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/lay.h"
+#include "cpu/rows.h"
 #include "kernels/plan.h"
 
 namespace routed_peft::cpu {
@@ -29,36 +30,6 @@ constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to 
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
 constexpr int64_t kPieces = 4;  // blocks of a product for each thread, so that the last ones hardly wait for another
-
-// Rows [i0, i0 + rows) of columns [j0, j0 + cols) of out, from their sums.
-template <class Acc>
-void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld,
-            const Epilogue& e) {
-  const Isa<Acc>& set = isa<Acc>();
-  thread_local Scratch<Acc> bias_scratch, other_scratch;
-  Acc* bias = e.bias ? bias_scratch.get(cols) : nullptr;
-  if (bias) load_row(e.bias, 0, j0, cols, bias);
-  const Dropout* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
-  const Acc alpha = static_cast<Acc>(e.alpha);
-  const bool straight =
-      out.col_stride == 1 && (!e.residual || (e.residual.dtype == out.dtype && e.residual.col_stride == 1));
-  for (int64_t i = 0; i < rows; ++i) {
-    Acc* sum = sums + i * ld;
-    if (straight) {
-      set.finish(sum, cols, alpha, mask, i0 + i, j0, bias, e.residual ? e.residual.at(i0 + i, j0) : nullptr,
-                 e.accumulate, out.dtype, out.at(i0 + i, j0));
-      continue;
-    }
-    set.finish(sum, cols, alpha, mask, i0 + i, j0, bias, nullptr, false, accumulated_dtype<Acc>(), sum);
-    Acc* other = other_scratch.get(cols);
-    for (const Matrix& m : {e.residual, e.accumulate ? out : Matrix{}}) {
-      if (!m) continue;
-      load_row(m, i0 + i, j0, cols, other);
-      for (int64_t j = 0; j < cols; ++j) sum[j] += other[j];
-    }
-    store_row(sum, out, i0 + i, j0, cols);
-  }
-}
 
 // Whether the product reads b as it lies: where it serves few rows, and its rows are what the micro kernels take.
 template <class Format>
@@ -375,24 +346,6 @@ void product(const Host* host, const Matrix& out, const Factors& factors, const 
 }  // namespace
 
 template <class Acc>
-void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to) {
-  if (m.col_stride == 1 || n == 1) {
-    isa<Acc>().load(m.at(row, column), m.dtype, n, to);
-  } else {
-    for (int64_t i = 0; i < n; ++i) isa<Acc>().load(m.at(row, column + i), m.dtype, 1, to + i);
-  }
-}
-
-template <class Acc>
-void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, int64_t n) {
-  if (m.col_stride == 1 || n == 1) {
-    isa<Acc>().store(from, n, m.dtype, m.at(row, column));
-  } else {
-    for (int64_t i = 0; i < n; ++i) isa<Acc>().store(from + i, 1, m.dtype, m.at(row, column + i));
-  }
-}
-
-template <class Acc>
 void gemm_serial(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue) {
   if (out.rows > 0 && out.cols > 0) product<Acc>(nullptr, out, {a, b}, epilogue);
 }
@@ -416,6 +369,31 @@ Matrix converted(const Host& host, const Matrix& m, Dtype dtype, Array<char>& st
   return turned ? copy.transposed() : copy;
 }
 
+// alpha a b + bias by the library in one pass over out: the bias is one more line of b, beside a column of ones. What
+// is copied for it is little where out has many more columns than a.
+template <class Acc>
+bool library_with_bias(const Host& host, const Matrix& out, const Matrix& a, const Matrix& b, const Matrix& bias,
+                       double alpha) {
+  const int64_t k = a.cols, ld = up(k + 1, kCacheLine / int64_t{sizeof(Acc)});
+  Array<Acc> left(out.rows * ld), right(out.cols * ld), last(out.cols);
+  load_row(bias, 0, 0, out.cols, last.get());
+  const auto copy = [&](const Matrix& from, double scale, const Acc* added, Acc* to) {
+    parallel(host, from.rows, double(from.rows * k), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Acc* line = to + i * ld;
+        load_row(from, i, 0, k, line);
+        for (int64_t j = 0; j < k; ++j) line[j] *= static_cast<Acc>(scale);
+        line[k] = added != nullptr ? added[i] : Acc{1};
+      }
+    });
+  };
+  copy(a, 1, nullptr, left.get());
+  copy(b.transposed(), alpha, last.get(), right.get());
+  const Matrix wide{left.get(), accumulated_dtype<Acc>(), out.rows, k + 1, ld, 1};
+  const Matrix lines{right.get(), accumulated_dtype<Acc>(), out.cols, k + 1, ld, 1};
+  return host.library_gemm(out, wide, lines.transposed(), 1, false);
+}
+
 // The product by the library, if it is one for it. In bfloat16 only where the caller allows it: then the input is of
 // that dtype, and what has to be converted is a weight or rank-wide. A residual stays here: it is added before
 // rounding.
@@ -433,6 +411,9 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
       !plan::chosen(plan::forced.library_gemm,
                     plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols))) {
     return false;
+  }
+  if (e.bias && !e.residual && dtype == accumulated_dtype<Acc>() && out.cols >= 2 * a.matrix.cols) {
+    return library_with_bias<Acc>(host, out, a.matrix, b.matrix, e.bias, e.alpha);
   }
   Array<char> a_storage, b_storage;
   const Matrix left = converted<Acc>(host, a.matrix, dtype, a_storage);
@@ -463,58 +444,9 @@ void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& 
   product<Acc>(&host, out, {a, b}, epilogue);
 }
 
-template <class Acc>
-void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Matrix& residual) {
-  Array<Acc> row(out.cols);
-  if (bias) {
-    load_row(bias, 0, 0, out.cols, row.get());
-  } else {
-    std::fill_n(row.get(), out.cols, Acc{0});
-  }
-  parallel(host, out.rows, double(out.rows * out.cols), [&](int64_t begin, int64_t end) {
-    thread_local Scratch<Acc> scratch;
-    Acc* sum = scratch.get(out.cols);
-    for (int64_t i = begin; i < end; ++i) {
-      if (residual) {
-        load_row(residual, i, 0, out.cols, sum);
-        for (int64_t j = 0; j < out.cols; ++j) sum[j] += row[j];
-      }
-      store_row(residual ? sum : row.get(), out, i, 0, out.cols);
-    }
-  });
-}
-
-template <class Acc>
-void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid) {
-  constexpr int64_t kColumns = 64;
-  parallel(host, (out.cols + kColumns - 1) / kColumns, double(a.rows * out.cols), [&](int64_t begin, int64_t end) {
-    Acc line[kColumns];
-    double sum[kColumns];
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t j0 = block * kColumns, n = std::min(kColumns, out.cols - j0);
-      std::fill_n(sum, n, 0.0);
-      for (int64_t i = 0; i < a.rows; ++i) {
-        if (valid != nullptr && !valid[i]) continue;
-        load_row(a, i, j0, n, line);
-        for (int64_t j = 0; j < n; ++j) sum[j] += line[j];
-      }
-      if (accumulate) {
-        load_row(out, 0, j0, n, line);
-        for (int64_t j = 0; j < n; ++j) sum[j] += line[j];
-      }
-      for (int64_t j = 0; j < n; ++j) line[j] = static_cast<Acc>(sum[j]);
-      store_row(line, out, 0, j0, n);
-    }
-  });
-}
-
 #define RP_INSTANTIATE(Acc)                                                                             \
-  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*);                          \
-  template void store_row<Acc>(const Acc*, const Matrix&, int64_t, int64_t, int64_t);                   \
   template void gemm<Acc>(const Host&, const Matrix&, const Operand&, const Operand&, const Epilogue&); \
-  template void gemm_serial<Acc>(const Matrix&, const Operand&, const Operand&, const Epilogue&);       \
-  template void fill_rows<Acc>(const Host&, const Matrix&, const Matrix&, const Matrix&);               \
-  template void column_sums<Acc>(const Host&, const Matrix&, const Matrix&, bool, const bool*);
+  template void gemm_serial<Acc>(const Matrix&, const Operand&, const Operand&, const Epilogue&);
 RP_INSTANTIATE(float)
 RP_INSTANTIATE(double)
 

@@ -48,18 +48,4 @@ void gemm(const Host& host, const Matrix& out, const Operand& a, const Operand& 
 template <class Acc>
 void gemm_serial(const Matrix& out, const Operand& a, const Operand& b, const Epilogue& epilogue = {});
 
-// out [m, n] = rows of bias (zero where absent), plus residual.
-template <class Acc>
-void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Matrix& residual);
-
-// out [1, n] (+)= column sums of the valid rows of a.
-template <class Acc>
-void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid = nullptr);
-
-// A row of a matrix, or a part of it, as Acc; and back. Any column stride.
-template <class Acc>
-void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to);
-template <class Acc>
-void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, int64_t n);
-
 }  // namespace routed_peft::cpu

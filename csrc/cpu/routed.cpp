@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #include "cpu/rank_one.h"
 #include "cpu/route.h"
+#include "cpu/rows.h"
 
 namespace routed_peft::cpu {
 namespace {
@@ -56,6 +57,8 @@ void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matr
     gemm<float>(host, out, a, b, e);
   }
 }
+
+Matrix columns_of(const Matrix& m, int64_t start, int64_t length) { return m ? m.block(0, start, m.rows, length) : m; }
 
 // Columns of out that no slice updates, as [start, stop).
 std::vector<std::pair<int64_t, int64_t>> untouched_columns(const Problem& p) {
@@ -181,34 +184,34 @@ void forward_as(const Host& host, const Problem& p, const ForwardResult& result)
     Array<char> z_storage;
     const Matrix z = space<Acc>(rounds(p), rows, p.width, z_storage), residual = p.residual ? p.x : p.base;
     route_forward<Acc>(host, p, condition.state, t, cuts, z, nullptr);
-    const bool whole = p.slice_count == 1 && p.slices[0].length == p.out_features;
     const bool together = p.weight && !library_base(p, true);
-    if (!whole && !together) fill_rows<Acc>(host, result.out, p.bias, residual);
     for (int64_t i = 0; i < p.slice_count; ++i) {
       const Slice& slice = p.slices[i];
-      const auto columns = [&](const Matrix& m) { return m ? m.block(0, slice.start, m.rows, slice.length) : m; };
       Epilogue up = product(p);
       up.alpha = p.scaling;
-      up.accumulate = !whole && !together;
-      if (!up.accumulate) up.bias = columns(p.bias), up.residual = columns(residual);
+      up.bias = columns_of(p.bias, slice.start, slice.length);
+      up.residual = columns_of(residual, slice.start, slice.length);
       std::optional<Factors> base;
       if (together) base = {p.x, p.weight.block(slice.start, 0, slice.length, p.x.cols).transposed()};
       up.plus = base ? &*base : nullptr;
-      gemm<Acc>(host, columns(result.out), z.block(0, i * p.rank(), rows, p.rank()),
+      gemm<Acc>(host, columns_of(result.out, slice.start, slice.length), z.block(0, i * p.rank(), rows, p.rank()),
                 p.b.block(slice.row, 0, slice.length, p.rank()).transposed(), up);
     }
-    if (together) {
-      for (const auto& [start, stop] : untouched_columns(p)) {
-        const int64_t length = stop - start;
-        Epilogue e = product(p);
-        e.ours = true;
-        if (p.bias) e.bias = p.bias.block(0, start, 1, length);
-        if (residual) e.residual = residual.block(0, start, rows, length);
-        gemm<Acc>(host, result.out.block(0, start, rows, length), p.x,
-                  p.weight.block(start, 0, length, p.x.cols).transposed(), e);
+    for (const auto& [start, stop] : untouched_columns(p)) {
+      const int64_t length = stop - start;
+      const Matrix out = columns_of(result.out, start, length), bias = columns_of(p.bias, start, length),
+                   rest = columns_of(residual, start, length);
+      if (!together) {
+        fill_rows<Acc>(host, out, bias, rest);
+        continue;
       }
-      return;
+      Epilogue e = product(p);
+      e.ours = true;
+      e.bias = bias;
+      e.residual = rest;
+      gemm<Acc>(host, out, p.x, p.weight.block(start, 0, length, p.x.cols).transposed(), e);
     }
+    if (together) return;
   }
   if (p.weight) base_gemm(host, p, result.out, p.x, p.weight.transposed(), true, library_base(p, true));
 }

@@ -1,5 +1,6 @@
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
+#include "cpu/rows.h"
 #include "kernels/device/philox.cuh"
 #include "kernels/plan.h"
 #include "support.h"
@@ -265,15 +266,16 @@ void in_place() {
 }
 
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the
-// other factor and the result are converted. Bias and residual are laid down before, or added to the converted result.
+// other factor and the result are converted. Bias and residual are laid down before, or added to the converted result;
+// a bias alone is one more line of b where out is wide.
 void library() {
   Random random(4);
   const Dtype kOut[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16};
   const Dtype kFactor[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16};
   const Dtype kOther[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
-  for (int options = 0; options < 8; ++options) {
+  for (int options = 0; options < 16; ++options) {
     for (int types = 0; types < 5; ++types) {
-      const int64_t m = 260, n = 520, k = 120;
+      const int64_t m = options & 8 ? 700 : 260, n = options & 8 ? 200 : 520, k = 120;
       const Dtype dtype = kOut[types];
       Tensor a(kFactor[types], m, k, Layout::kPadded), b(kOther[types], k, n, Layout::kTransposed), bias(dtype, 1, n),
           residual(dtype, m, n);

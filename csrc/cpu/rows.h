@@ -1,0 +1,27 @@
+// Rows of matrices, of any dtype and strides: read, written, and finished from their sums.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace routed_peft::cpu {
+
+// out [m, n] = rows of bias (zero where absent), plus residual.
+template <class Acc>
+void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Matrix& residual);
+
+// out [1, n] (+)= column sums of the valid rows of a.
+template <class Acc>
+void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid = nullptr);
+
+// A row of a matrix, or a part of it, as Acc; and back. Any column stride.
+template <class Acc>
+void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to);
+template <class Acc>
+void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, int64_t n);
+
+// Rows [i0, i0 + rows) of columns [j0, j0 + cols) of out, from their sums [rows, ld], which are overwritten.
+template <class Acc>
+void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld,
+            const Epilogue& epilogue);
+
+}  // namespace routed_peft::cpu
