@@ -15,6 +15,7 @@ import functools
 import gc
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -42,10 +43,12 @@ Sample = Callable[[], float]  # seconds of one call, measured now
 def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict[str, list[float]]:
     """``rounds`` samples of each in turn, or as many as ``seconds`` allow, at least LEAST_ROUNDS.
 
-    The first round warms up and does not count; every other one goes in the opposite order, and each starts at another
-    depth of Python's stack. CPython keeps frames in chunks of 16 KiB, and a call that crosses into the next one maps
-    memory and gives it back, every time; whose calls the border meets is chance.
+    The first round warms up and does not count. Each goes in an order of its own, for a call finds in the caches what
+    the one before it left there, and starts at another depth of Python's stack: CPython keeps frames in chunks of
+    16 KiB, and a call that crosses into the next one maps memory and gives it back, every time; whose calls the border
+    meets is chance.
     """
+    order, turns = list(samples), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in samples}
     for sample in samples.values():
         sample()
@@ -53,7 +56,8 @@ def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        for name in samples if done % 2 == 0 else reversed(samples):
+        turns.shuffle(order)
+        for name in order:
             times[name].append(_deeper(DEPTH_STEP * done % CHUNK_FRAMES, samples[name]))
     return times
 

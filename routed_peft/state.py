@@ -48,10 +48,9 @@ class ConditionState:
         is to be their ``own`` and was encoded with others: it may well have the right shape."""
         if torch.compiler.is_compiling():
             return  # a version counter is no part of a traced graph, which would be guarded with every one
-        now = _versions_now(parameters)
-        if now == self.versions:
+        if self.is_of(*parameters):
             return
-        known = dict(now)
+        known = dict(_versions_now(parameters))
         if own and any(key not in known for key, _ in self.versions):
             raise StaleStateError(
                 f"{name}: this ConditionState was encoded with other parameters than this layer's; encode it with "

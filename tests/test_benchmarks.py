@@ -97,10 +97,12 @@ def test_peers_take_turns():
     def sample(name):
         return lambda: order.append(name) or float(len(order))
 
-    times = measure.interleaved({name: sample(name) for name in "abc"}, rounds=4, seconds=60)
-    assert "".join(order) == "abc" + "abccba" * 2
-    assert times["a"] == [4, 9, 10, 15]  # without the first round
-    assert {len(mine) for mine in times.values()} == {4}
+    times = measure.interleaved({name: sample(name) for name in "abc"}, rounds=40, seconds=60)
+    assert order[:3] == [*"abc"]  # the first round, which does not count
+    rounds = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]
+    assert len(rounds) == 40 and {*rounds} == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert times["a"] == [4 + 3 * i + taken.index("a") for i, taken in enumerate(rounds)]
+    assert {len(mine) for mine in times.values()} == {40}
 
 
 def test_rounds_start_at_every_depth_of_a_chunk_of_the_stack():
