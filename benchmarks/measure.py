@@ -9,6 +9,7 @@ has ``wall`` alone.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import datetime
 import functools
@@ -33,6 +34,7 @@ CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
 DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
 LEAST_ROUNDS = 7  # fewer leave a median to chance where the machine is shared
+_TURNS = random.Random(0)
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now
 
@@ -48,7 +50,7 @@ def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict
     16 KiB, and a call that crosses into the next one maps memory and gives it back, every time; whose calls the border
     meets is chance.
     """
-    order, turns = list(samples), random.Random(0)
+    order = list(samples)
     times: dict[str, list[float]] = {name: [] for name in samples}
     for sample in samples.values():
         sample()
@@ -56,7 +58,7 @@ def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        turns.shuffle(order)
+        _TURNS.shuffle(order)
         for name in order:
             times[name].append(_deeper(DEPTH_STEP * done % CHUNK_FRAMES, samples[name]))
     return times
@@ -159,18 +161,29 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 # ---- memory and launches
 
 
-def keep_memory() -> bool:
-    """Let this process keep the memory that it frees; whether the system has a way to that (glibc has).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+
+
+_kept = False
+
+
+def keep_memory(keep: bool = True) -> bool:
+    """Whether this process keeps the memory that it frees, from now on; False where the system lets nobody choose
+    (glibc does).
 
     Else a large tensor may get fresh pages, of which each is a page fault, several milliseconds together; which call
     that meets depends on what the calls before it left.
     """
+    global _kept
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+    if not keep:  # every large block comes from the system, and goes back to it
+        settings = {M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**17, M_TRIM_THRESHOLD: 2**17}
+    _kept = all([mallopt(*setting) for setting in settings.items()]) and keep
+    return _kept
 
 
 def saved_bytes(forward: Callable[[], object], parameters: set[int]) -> int:
@@ -201,6 +214,18 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    kept = _kept
+    keep_memory(False)
+    try:  # in a thread of its own, and so in an arena without holes of memory that was kept
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(_peak_of, call, torch.is_grad_enabled()).result()
+    finally:
+        keep_memory(kept)
+
+
+def _peak_of(call: Callable[[], object], gradients: bool) -> int | None:
+    torch.set_grad_enabled(gradients)
+    call()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what is free inside the process would hide what is asked for
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -244,7 +269,7 @@ def facts(device: str) -> dict[str, object]:
     else:
         said |= {"processor": cpu_model(), "threads": torch.get_num_threads()}
         said |= {"instruction set": routed_peft.build_info().get("cpu_isa", "none")}
-        said |= {"freed memory": "kept by the process" if keep_memory() else "as the system has it"}
+        said |= {"freed memory": "kept, but where peaks are measured" if keep_memory() else "as the system has it"}
     return said | {"copy bandwidth, GB/s": round(copy_bandwidth(device) / 1e9, 1)}
 
 

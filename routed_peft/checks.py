@@ -41,8 +41,8 @@ class Asked(NamedTuple):
 def check_call(
     name: str, dtype: torch.dtype, asked: Asked, tensors: Sequence[Tensor | None], others: Others
 ) -> tuple[Options, Others]:
-    """All that a call has to fulfil. Unless one of ``others`` is given, the answer follows from what is asked and from
-    shapes, dtypes and devices alone.
+    """All that a call has to fulfil. Unless one of ``others`` is given, or made for beams, the answer follows from what
+    is asked and from shapes, dtypes and devices alone.
 
     Args:
         name: opens every error text.
@@ -256,6 +256,11 @@ def output_layout(
     for what, matrix in (("A", A), ("B", B), ("W", W)):
         if matrix is not None and (matrix.dim() != 2 or matrix.shape[1] == 0):
             raise ConditionShapeError(f"{name}: {what} must be a matrix with columns, got {tuple(matrix.shape)}")
+    bounds = [bound for pair in out_slices for bound in pair] + ([] if out_features is None else [out_features])
+    if not all(isinstance(bound, int | torch.SymInt) for bound in bounds):
+        raise ConditionShapeError(
+            f"{name}: out_slices and out_features must be integers, got {out_slices} and {out_features}"
+        )
     rows, rank = B.shape
     width = rank * max(len(out_slices), 1)
     if A.shape[0] != width:

@@ -278,6 +278,8 @@ class States:
 
     def keep(self, layer: RoutedLayer, key: Any, state: ConditionState) -> ConditionState:
         """Keep ``state`` for ``layer`` in place of an earlier one."""
+        if id(layer) not in self._kept:  # those of layers that are gone, as replicas are after each call
+            self._kept = {number: kept for number, kept in self._kept.items() if kept[0]() is not None}
         self._kept[id(layer)] = weakref.ref(layer), state, key
         return state
 

@@ -244,7 +244,9 @@ def encode_condition(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a layer computes in: autocast's where it is on for x's device, else x's own."""
     dtype = x.dtype
-    if not torch._C._is_any_autocast_enabled() or not dtype.is_floating_point or dtype == torch.float64:
+    if (x.is_cpu or x.is_cuda) and not torch._C._is_any_autocast_enabled():  # which does not know of every device
+        return dtype
+    if not dtype.is_floating_point or dtype == torch.float64:
         return dtype
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else dtype
@@ -299,7 +301,9 @@ def apply(
     condition_p = p if condition_dropout_p is None else float(condition_dropout_p)
     dtype = compute_dtype(x)
     state = state_or_y if isinstance(state_or_y, ConditionState) else None
-    condition: Tensor | None = state_or_y if state is None else state.tensor  # type: ignore[assignment]
+    if state is not None and routing != "none":
+        state.check_fresh(name, *((A, b_down) if C is None else (C, b_C)), own=own_state)
+    condition: Any = None if routing == "none" else state_or_y if state is None else state.tensor
     asked = Asked(
         None if state is None else state.routing, routing, float(scaling), scale, pool, activation, residual, p,
         condition_p, () if out_slices is None else tuple(map(tuple, out_slices)), route_across_slices, out_features,
@@ -315,7 +319,10 @@ def apply(
         and condition_cu_seqlens is None and seed is None
     ):  # fmt: skip
         like = (dtype, asked, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-    found = None if like is None else _found.get(like)
+    try:
+        found = None if like is None else _found.get(like)
+    except TypeError:  # an argument that is to be refused, or a fake tensor's symbolic size outside its mode
+        like = found = None
     if found is None:
         options, others = check_call(name, dtype, asked, tensors, others)
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
@@ -328,11 +335,9 @@ def apply(
 
     source = options.source
     if source == "state":
-        assert state is not None
-        state.check_fresh(name, *((A, b_down) if C is None else (C, b_C)), own=own_state)
-        condition = _contiguous(state.tensor, torch.float64 if dtype == torch.float64 else torch.float32)
+        condition = _contiguous(condition, torch.float64 if dtype == torch.float64 else torch.float32)
     else:
-        condition = None if condition is None or source == "none" else _contiguous(condition, dtype)
+        condition = None if condition is None else _contiguous(condition, dtype)
     if source != "tokens":
         C = b_C = None  # nothing is projected
     x = _contiguous(x, dtype)

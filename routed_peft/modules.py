@@ -362,7 +362,7 @@ class LowRankUpdate(RoutedLayer):
                     if isinstance(condition, ConditionState)
                     else self.encode_condition(condition.to(wide), condition_mask)
                 )
-                held.check_fresh(self.label, self.A if self.C is None else self.C)
+                held.check_fresh(self.label, self.A if self.C is None else self.C, own=True)
                 state = held.tensor.to(wide)
                 if state.shape[0] != 1:
                     raise ConditionShapeError(f"{self.label}: bake takes 1 condition, got {state.shape[0]}")

@@ -57,6 +57,8 @@ WRONG = {
         r"base must be torch.float32 \(2, 5, 10\), got .* \(2, 4, 10\)",
     ),
     "base dtype": (lambda: onto(torch.randn(2, 5, 10).half()), "base must be torch.float32 .*, got torch.float16"),
+    "out_features": (lambda: lora(out_features=10.0), "out_features must be integers, got .* 10.0"),
+    "out_slices": (lambda: lora(out_slices=[(0.0, 10.0)]), "out_slices and out_features must be integers"),
     "base device": (lambda: onto(torch.randn(2, 5, 10, device=META)), "base is on meta"),
     "residual": (lambda: adapter(up=torch.randn(7, 3), b_up=None), "as many outputs as inputs, got 7 and 6"),
     "seed dtype": (lambda: lora(dropout_p=0.5, seed=torch.zeros(1)), r"seed must be int64 \[1\]"),
@@ -144,6 +146,24 @@ def test_what_was_found_for_a_call_serves_only_its_like(monkeypatch):
         assert len(functional._found) == len(ALIKE) - 3 + 1  # no reference, mask or index; and under autocast
         monkeypatch.setattr(functional, "check_call", None)
         run({})
+
+
+def test_names_that_are_none():
+    for bad in (dict(routing=["mul"]), dict(backend=["cpu"]), dict(scale=["none"])):
+        with pytest.raises(ValueError, match="must be one of"):
+            lora(**bad)
+
+
+def test_the_dtype_under_autocast_of_any_device():
+    class Elsewhere:
+        dtype, device, is_cpu, is_cuda = torch.float32, torch.device("mps"), False, False
+
+    assert functional.compute_dtype(Elsewhere) == torch.float32
+    torch.set_autocast_enabled("mps", True)
+    try:
+        assert functional.compute_dtype(Elsewhere) == torch.get_autocast_dtype("mps") == torch.float16
+    finally:
+        torch.set_autocast_enabled("mps", False)
 
 
 def test_what_was_found_does_not_fill_the_memory(monkeypatch):

@@ -515,6 +515,10 @@ def test_the_state_of_another_layer_is_refused():
             call()
     with rp.condition(second, state), pytest.raises(rp.StaleStateError, match="other parameters"):
         second(X)
+    second.routing = "mul"  # which it would be refused for as well
+    for call in (lambda: second(X, state), lambda: second.bake(state.index_select(torch.tensor([0])))):
+        with pytest.raises(rp.StaleStateError, match="other parameters"):
+            call()
     with pytest.raises(rp.ConditionShapeError, match="the ConditionState is for routing 'gram', not 'mul'"):
         first.routing = "mul"
         first(X, state)

@@ -71,11 +71,15 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies) {
                   row_blocks = (m + kManyRows - 1) / kManyRows;
     const int64_t fair = up((n * row_blocks + wanted - 1) / wanted, even);
     grid.columns = grid.near = std::min(fair, widest);
-    grid.rows = spread(m, kManyRows);
     const int64_t column_blocks = (n + grid.columns - 1) / grid.columns;
-    while (grid.rows > kBlockRows && (m + grid.rows - 1) / grid.rows * column_blocks < wanted) {
-      grid.rows = std::max(spread(grid.rows, grid.rows / 2), kBlockRows);
-    }
+    // More pieces of fewer rows, only where threads would wait: each block of rows lays out its part of b again.
+    const auto enough = [&](int64_t parts) {
+      const int64_t pieces = parts * column_blocks;
+      return pieces >= wanted || (pieces >= 2 * threads && pieces % threads == 0);
+    };
+    int64_t parts = row_blocks;
+    while (!enough(parts) && parts * kBlockRows < m) ++parts;
+    grid.rows = spread(m, (m + parts - 1) / parts);
   }
   grid.row_blocks = (m + grid.rows - 1) / grid.rows;
   grid.column_blocks = (n + grid.columns - 1) / grid.columns;
@@ -369,8 +373,7 @@ Matrix converted(const Host& host, const Matrix& m, Dtype dtype, Array<char>& st
   return turned ? copy.transposed() : copy;
 }
 
-// alpha a b + bias by the library in one pass over out: the bias is one more line of b, beside a column of ones. What
-// is copied for it is little where out has many more columns than a.
+// alpha a b + bias by the library in one pass over out: the bias is one more line of b, beside a column of ones.
 template <class Acc>
 bool library_with_bias(const Host& host, const Matrix& out, const Matrix& a, const Matrix& b, const Matrix& bias,
                        double alpha) {
@@ -412,7 +415,8 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
                     plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols))) {
     return false;
   }
-  if (e.bias && !e.residual && dtype == accumulated_dtype<Acc>() && out.cols >= 2 * a.matrix.cols) {
+  const int64_t copied = (out.rows + out.cols) * (a.matrix.cols + 16);  // less than a pass over out reads and writes
+  if (e.bias && !e.residual && dtype == accumulated_dtype<Acc>() && copied <= out.rows * out.cols) {
     return library_with_bias<Acc>(host, out, a.matrix, b.matrix, e.bias, e.alpha);
   }
   Array<char> a_storage, b_storage;

@@ -267,7 +267,7 @@ void in_place() {
 
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the
 // other factor and the result are converted. Bias and residual are laid down before, or added to the converted result;
-// a bias alone is one more line of b where out is wide.
+// a bias alone is one more line of b where out is large.
 void library() {
   Random random(4);
   const Dtype kOut[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16};
@@ -275,7 +275,7 @@ void library() {
   const Dtype kOther[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
   for (int options = 0; options < 16; ++options) {
     for (int types = 0; types < 5; ++types) {
-      const int64_t m = options & 8 ? 700 : 260, n = options & 8 ? 200 : 520, k = 120;
+      const int64_t m = options & 8 ? 2100 : 260, n = options & 8 ? 64 : 520, k = 120;
       const Dtype dtype = kOut[types];
       Tensor a(kFactor[types], m, k, Layout::kPadded), b(kOther[types], k, n, Layout::kTransposed), bias(dtype, 1, n),
           residual(dtype, m, n);
