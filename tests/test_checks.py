@@ -124,6 +124,7 @@ ALIKE = [  # each differs from the first, or another one, in one thing that the 
     dict(b_down=torch.randn(3)), dict(C=C, b_C=torch.randn(3)), dict(B=torch.randn(6, 3)),
     dict(B=torch.randn(6, 3), residual=True), dict(dropout_p=1.0), dict(dropout_p=1.0, condition_dropout_p=0.0),
     dict(backend="reference"), dict(mask=torch.eye(2, 4).bool()), dict(index=torch.tensor([1, 0])),
+    dict(x=torch.randn(4, 5, 6)),  # two beams for each condition
 ]  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def test_what_was_found_for_a_call_serves_only_its_like(monkeypatch):
                 assert torch.equal(run(changed), out), changed
         with torch.autocast("cpu", torch.bfloat16):
             assert run({}).dtype == torch.bfloat16
-        assert len(functional._found) == len(ALIKE) - 3 + 1  # no reference, mask or index; and under autocast
+        assert len(functional._found) == len(ALIKE) - 4 + 1  # no reference, mask, index or beams; and under autocast
         monkeypatch.setattr(functional, "check_call", None)
         run({})
 

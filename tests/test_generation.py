@@ -13,7 +13,7 @@ from tiny_models import IMAGE, D, bart, blip2, gpt2, image_batch, llama, llava, 
 from tiny_models import awaken as wake
 
 import routed_peft as rp
-from routed_peft import functional
+from routed_peft import delivery, functional
 from routed_peft.modules import RoutedLayer
 
 DC = 12
@@ -639,6 +639,20 @@ def test_in_sequence_states_of_old_parameters_raise():
         layers_of(model)[0].lora_A.add_(0.1)
     with pytest.raises(rp.StaleStateError, match="encoded before the parameters changed"):
         step(model, cache)
+
+
+def test_states_are_of_the_layer_that_kept_them():
+    """They are found by a number that a later layer may get as well."""
+    states, key = delivery.States(), "key"
+    first, second = (rp.RoutedLoRA.from_features(6, 10, r=3) for _ in range(2))
+    state = states.keep(first, key, first.encode_condition(torch.randn(2, 4, 6)))
+    assert states.find(first, key) is state and states.find(first, "other") is None
+    states._kept[id(second)] = states._kept[id(first)]
+    assert states.find(second, key) is None
+    del states._kept[id(second)], first
+    gc.collect()
+    states.keep(second, key, state)
+    assert [*states._kept] == [id(second)]  # nothing of the layer that is gone
 
 
 def test_nothing_is_kept_where_gradients_are_wanted(counted):
