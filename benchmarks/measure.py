@@ -162,8 +162,6 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-
-
 _kept = False
 
 
@@ -171,8 +169,8 @@ def keep_memory(keep: bool = True) -> bool:
     """Whether this process keeps the memory that it frees, from now on; False where the system lets nobody choose
     (glibc does).
 
-    Else a large tensor may get fresh pages, of which each is a page fault, several milliseconds together; which call
-    that meets depends on what the calls before it left.
+    Else a large tensor may get fresh pages, each of them a page fault; which call that meets depends on what the calls
+    before it left.
     """
     global _kept
     try:

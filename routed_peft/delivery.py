@@ -87,14 +87,12 @@ class Slot:
         Raises:
             MissingConditionError: a backward pass is running and the slot was filled outside of it.
         """
-        held: Held = getattr(self._local, "held", _NOTHING)
-        task = running_backward()
-        if task != -1 and task != held.task:
+        if self.outlived():
             raise MissingConditionError(
                 f"{reader.label}: no condition during recomputation: checkpointing was enabled by a function "
                 "routed_peft did not bind; pass the condition as an argument of the layer"
             )
-        return held.value
+        return self.value()
 
     def held(self) -> Held:
         """What this thread's slot holds."""

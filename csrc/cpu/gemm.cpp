@@ -415,7 +415,8 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
                     plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols))) {
     return false;
   }
-  const int64_t copied = (out.rows + out.cols) * (a.matrix.cols + 16);  // less than a pass over out reads and writes
+  // Where less is copied than a pass over out reads and writes.
+  const int64_t copied = (out.rows + out.cols) * (a.matrix.cols + 16);
   if (e.bias && !e.residual && dtype == accumulated_dtype<Acc>() && copied <= out.rows * out.cols) {
     return library_with_bias<Acc>(host, out, a.matrix, b.matrix, e.bias, e.alpha);
   }
