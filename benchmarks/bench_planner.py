@@ -141,12 +141,7 @@ def forced(choice: str, value: int, call: measure.Call, device: str) -> measure.
             ops.extension.force(choice, PLANNED)
 
     sample = under(lambda: measure.wall(call, device))
-
-    def timed() -> float:
-        call(0)  # what the way before this one left in caches and in the allocator does not count
-        return sample()
-
-    return lambda: under(timed)
+    return lambda: under(sample)
 
 
 def medians(times: dict[int, list[float]]) -> dict[int, float]:

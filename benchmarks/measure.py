@@ -33,6 +33,7 @@ CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
 CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
 DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
+SHORT = 10e-3  # seconds of a call to which it matters what was called before it
 LEAST_ROUNDS = 7  # fewer leave a median to chance where the machine is shared
 _TURNS = random.Random(0)
 Call = Callable[[int], object]  # with the number of the input to take
@@ -69,7 +70,11 @@ def _deeper(frames: int, sample: Sample) -> float:
 
 
 def wall(call: Call, device: str, least: float = 2e-3) -> Sample:
-    """What one call takes a user, of as many at a time as take ``least`` seconds together."""
+    """What one call takes a user, of as many at a time as take ``least`` seconds together.
+
+    A short call is made once before the clock starts: a program that runs it in a loop finds its own code and data in
+    the caches, here the call before it was another's, which may have left some of them there and may not.
+    """
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
 
     def timed(repeats: int) -> float:
@@ -81,8 +86,15 @@ def wall(call: Call, device: str, least: float = 2e-3) -> Sample:
         return (time.perf_counter() - begin) / repeats
 
     timed(1)
-    repeats = max(1, min(1000, round(least / min(timed(1) for _ in range(3)))))
-    return lambda: timed(repeats)
+    once = min(timed(1) for _ in range(3))
+    repeats = max(1, min(1000, round(least / once)))
+
+    def sample() -> float:
+        if once < SHORT:
+            call(0)
+        return timed(repeats)
+
+    return sample
 
 
 @functools.cache

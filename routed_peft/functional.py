@@ -301,10 +301,11 @@ def apply(
     condition_p = p if condition_dropout_p is None else float(condition_dropout_p)
     dtype = compute_dtype(x)
     state = state_or_y if isinstance(state_or_y, ConditionState) else None
-    if state is not None and routing != "none":
-        state.check_fresh(name, *((A, b_down) if C is None else (C, b_C)), own=own_state)
+    alone, projection = ops.untouched(), (A, b_down) if C is None else (C, b_C)
+    if state is not None and routing != "none" and not (alone and state.is_of(*projection)):
+        state.check_fresh(name, *projection, own=own_state)
     condition: Any = None if routing == "none" else state_or_y if state is None else state.tensor
-    asked = Asked(
+    asked = (
         None if state is None else state.routing, routing, float(scaling), scale, pool, activation, residual, p,
         condition_p, () if out_slices is None else tuple(map(tuple, out_slices)), route_across_slices, out_features,
         backend,
@@ -313,7 +314,7 @@ def apply(
     others: Others = (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
     # What was found for a call holds for all that are like it. Not where values are looked at, nor where something in
     # torch looks on: sizes may be symbols there.
-    like, alone = None, ops.untouched()
+    like = None
     if (
         alone and mask is None and index is None and input_mask is None and cu_seqlens is None
         and condition_cu_seqlens is None and seed is None
@@ -324,7 +325,7 @@ def apply(
     except TypeError:  # an argument that is to be refused, or a fake tensor's symbolic size outside its mode
         like = found = None
     if found is None:
-        options, others = check_call(name, dtype, asked, tensors, others)
+        options, others = check_call(name, dtype, Asked._make(asked), tensors, others)
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
         found = ops.resolve_backend(backend, routing, width, slices, dtype, x.device), options, _numbers(options)
         if like is not None and not any(t is not None for t in others) and found[0] != "reference":
@@ -350,13 +351,11 @@ def apply(
     if where == "reference":
         return reference.run((*inputs, *others, base), options)
     # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
-    differentiated = _differentiated(*inputs)
-    if torch.compiler.is_exporting() or not (differentiated or _differentiated(base)):
+    if (not alone and torch.compiler.is_exporting()) or not _differentiated(*inputs, base):
         return ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, 0, alone=alone)[0]  # type: ignore[no-any-return]
     save = 0
-    if differentiated:
+    if _differentiated(*inputs):
         encodes = source in ("tokens", "in_sequence")
-        projection = (A, b_down) if C is None else (C, b_C)
         through = (x if source == "in_sequence" else condition, *projection)
         save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
     return _record(_Routed, *inputs, base, (where, others, numbers, save))[0]  # type: ignore[no-any-return]

@@ -74,8 +74,7 @@ void encode_vector(const Host& host, const Problem& p, Acc* v, Acc* pooled_y) {
       std::fill_n(sum, n, Acc{0});
       RowSums<Acc> rows(sum, part, n);
       counted_rows(p, c, [&](int64_t row) {
-        load_row(p.y, row, j0, n, line);
-        if (p.drop_y.threshold != 0) isa<Acc>().drop(line, row, j0, n, p.drop_y);
+        load_row(p.y, row, j0, n, line, p.drop_y);
         for (int64_t j = 0; j < n; ++j) part[j] += line[j];
         rows.end_row();
       });
@@ -223,7 +222,7 @@ void vector_gradients(const Host& host, const Problem& p, const Acc* dv, const A
         if (used && p.pool == Pool::kFirst) counts = false;
         if (!used && add_dy) continue;
         for (int64_t j = 0; j < features; ++j) line[j] = used ? weight * dpooled[c * features + j] : Acc{0};
-        if (used && p.drop_y.threshold != 0) isa<Acc>().drop(line, row, 0, features, p.drop_y);
+        if (used && p.drop_y.threshold != 0) isa<Acc>().drop(line, row, 0, features, p.drop_y, line);
         if (add_dy) {
           Acc* old = old_scratch.get(features);
           load_row(dy, row, 0, features, old);

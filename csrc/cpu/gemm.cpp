@@ -220,6 +220,12 @@ Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const B
   return laid;
 }
 
+// Without a host on this thread alone.
+void pieces(const Host* host, int64_t count, double work, const std::function<void(int64_t)>& body) {
+  if (host != nullptr) return parallel_pieces(*host, count, work, body);
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 template <class Acc, class Format>
 void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
@@ -232,13 +238,12 @@ void blocked(const Host* host, const Matrix& out, const Factors& factors, const 
     if (e.plus) laid[1] = lay_all<Acc, Format>(*host, e.plus->b, grid);
   }
   const typename Format::Unit* const all[] = {laid[0].get(), laid[1].get()};
-  const auto run = [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t block) {
     Format::open();
-    for (int64_t block = begin; block < end; ++block) run_block<Acc, Format>(out, factors, e, grid, block, all, turned);
+    run_block<Acc, Format>(out, factors, e, grid, block, all, turned);
     Format::close();
   };
-  if (host == nullptr) return run(0, grid.pieces());
-  parallel(*host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);
+  pieces(host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);
 }
 
 // Whether the columns of b lie in memory as lines of Acc, or of bfloat16.
@@ -280,7 +285,7 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
   }
   Epilogue last = e;
   if (e.plus) last.alpha = 1, last.mask = {};
-  const auto run = [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t piece) {
     Acc sums[plan::kFewRows * kColumns], more[plan::kFewRows * kColumns];
     const auto multiply = [&](const Factors& f, const Number* a, int64_t j0, int64_t cols, Acc* to) {
       const Matrix lines = f.b.matrix.transposed();
@@ -298,24 +303,17 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
         }
       }
     };
-    for (int64_t j0 = begin * kColumns; j0 < std::min(end * kColumns, n); j0 += kColumns) {
-      const int64_t cols = std::min(kColumns, n - j0);
-      multiply(factors, rows[0], j0, cols, sums);
-      if (e.plus) {
-        scale_sums(0, j0, m, cols, sums, kColumns, e);
-        multiply(*e.plus, rows[1], j0, cols, more);
-        for (int64_t i = 0; i < m; ++i) isa<Acc>().axpy(cols, 1, more + i * kColumns, sums + i * kColumns);
-      }
-      finish(out, 0, j0, m, cols, sums, kColumns, last);
+    const int64_t j0 = piece * kColumns, cols = std::min(kColumns, n - j0);
+    multiply(factors, rows[0], j0, cols, sums);
+    if (e.plus) {
+      scale_sums(0, j0, m, cols, sums, kColumns, e);
+      multiply(*e.plus, rows[1], j0, cols, more);
+      for (int64_t i = 0; i < m; ++i) isa<Acc>().axpy(cols, 1, more + i * kColumns, sums + i * kColumns);
     }
+    finish(out, 0, j0, m, cols, sums, kColumns, last);
   };
-  const int64_t pieces = (n + kColumns - 1) / kColumns;
-  if (host == nullptr) {
-    run(0, pieces);
-  } else {
-    parallel(*host, pieces, double(m) * double(n) * double(e.plus ? e.plus->a.matrix.cols : factors.a.matrix.cols),
-             run);
-  }
+  const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
+  pieces(host, (n + kColumns - 1) / kColumns, double(m) * double(n) * double(k), run);
 }
 
 template <class Acc>

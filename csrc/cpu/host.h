@@ -2,6 +2,8 @@
 // torch's (csrc/torch/ops.cpp); the C++ tests bring their own.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -35,6 +37,30 @@ inline void parallel(const Host& host, int64_t count, double work, const std::fu
   } else {
     host.parallel_for(count, body);
   }
+}
+
+// As `parallel`, for parts that are worth a thread's while one by one: body(i) for each. A thread has its share of
+// them, neighbours, which may have data in common; whoever is done first takes what is left of another's.
+inline void parallel_pieces(const Host& host, int64_t count, double work, const std::function<void(int64_t)>& body) {
+  const int64_t workers = count > 1 && work >= kSharedWork ? std::min(host.threads(), count) : 1;
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  struct alignas(64) Next {
+    std::atomic<int64_t> value;
+  };
+  const auto share = [&](int64_t worker) { return count * worker / workers; };
+  const std::unique_ptr<Next[]> next(new Next[static_cast<size_t>(workers)]);
+  for (int64_t i = 0; i < workers; ++i) next[i].value = share(i);
+  host.parallel_for(workers, [&](int64_t begin, int64_t end) {
+    for (int64_t mine = begin; mine < end; ++mine) {
+      for (int64_t i = 0; i < workers; ++i) {
+        const int64_t from = (mine + i) % workers, stop = share(from + 1);
+        for (int64_t piece; (piece = next[from].value.fetch_add(1, std::memory_order_relaxed)) < stop;) body(piece);
+      }
+    }
+  });
 }
 
 // An aligned array that is not cleared.

@@ -34,8 +34,8 @@ struct Isa {
   // to [n, lanes] (leading dimension to_ld) = from [lanes, n] (leading dimension ld) turned over; numbers as large as
   // Acc.
   void (*turn)(const void* from, int64_t ld, int64_t n, void* to, int64_t to_ld);
-  // run = columns [column, column + n) of a row, dropped and scaled in place.
-  void (*drop)(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout);
+  // to = columns [column, column + n) of a row, which may be `to`, dropped and scaled.
+  void (*drop)(const Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, Acc* to);
   // out = alpha · sum, dropped, + bias + residual (+ out), each of which may be absent; n contiguous columns.
   void (*finish)(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
                  const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out);

@@ -191,25 +191,25 @@ struct Loops {
     }
   }
 
-  // Where bit i is not set, run[i] is zero, and else scaled.
-  static void select(Acc* run, int64_t n, uint64_t bits, Acc scale) {
+  // to[i] = scale · run[i] where bit i is set, else zero.
+  static void select(const Acc* run, int64_t n, uint64_t bits, Acc scale, Acc* to) {
     Bits lanes;
     for (int64_t i = 0; i < kLanes; ++i) lanes[i] = Whole{1} << i;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes, bits >>= kLanes) {
       const Bits chosen = ((Bits{} + static_cast<Whole>(bits)) & lanes) != 0;
-      *reinterpret_cast<Loose*>(run + i) = (Vector)((Bits)(at(run + i) * scale) & chosen);
+      *reinterpret_cast<Loose*>(to + i) = (Vector)((Bits)(at(run + i) * scale) & chosen);
     }
-    for (; i < n; ++i, bits >>= 1) run[i] = bits & 1 ? run[i] * scale : Acc{0};
+    for (; i < n; ++i, bits >>= 1) to[i] = bits & 1 ? run[i] * scale : Acc{0};
   }
 
-  static void drop(Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout) {
+  static void drop(const Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, Acc* to) {
     const Keys keys(dropout);
     const Acc scale = static_cast<Acc>(dropout.scale());
     for (int64_t done = 0; done < n;) {
       const int64_t first = (column + done) % 64;
       const int64_t count = n - done < 64 - first ? n - done : 64 - first;
-      select(run + done, count, kept(dropout, keys, row, (column + done) / 64) >> first, scale);
+      select(run + done, count, kept(dropout, keys, row, (column + done) / 64) >> first, scale, to + done);
       done += count;
     }
   }
@@ -241,7 +241,7 @@ struct Loops {
         each([&](int64_t i) { line[i] = alpha * sum[j + i] + bias[j + i]; });
       } else {
         each([&](int64_t i) { line[i] = alpha * sum[j + i]; });
-        if (dropout != nullptr) drop(line, row, column + j, count, *dropout);
+        if (dropout != nullptr) drop(line, row, column + j, count, *dropout, line);
         if (bias != nullptr) each([&](int64_t i) { line[i] += bias[j + i]; });
       }
       if (residual != nullptr) {

@@ -108,8 +108,7 @@ void read_lines(const Operand& o, bool columns, int64_t first, int64_t lines, in
         std::memcpy(to, from, size_t(n) * sizeof(Number));
       }
     } else {
-      load_row(m, first + i, offset, n, to);
-      if (o.dropout.threshold != 0) set.drop(to, first + i, offset, n, o.dropout);
+      load_row(m, first + i, offset, n, to, o.dropout);
     }
   }
 }

@@ -85,15 +85,17 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
         const Acc* q = directions.q_of(s.condition - c0);
         const Acc* up = directions.up_of(s.condition - c0);
         for (int64_t row = s.begin; row < s.end; ++row) {
-          load_row(p.x, row, 0, d, x);
+          load_row(p.x, row, 0, d, x, p.residual ? Dropout{} : p.drop_x);
           if (p.base) {
             load_row(p.base, row, 0, o, line);
             set.axpy(o, 1, bias.get(), line);
           } else {
             std::copy_n(bias.get(), o, line);
           }
-          if (p.residual) set.axpy(o, 1, x, line);
-          if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x);
+          if (p.residual) {
+            set.axpy(o, 1, x, line);
+            if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x, x);
+          }
           Acc* cn = c + row * p.groups;
           for (int64_t g = 0; g < p.groups; ++g) cn[g] = set.dot(x, q + g * d, d);
           for (int64_t j = 0; j < p.slice_count; ++j) {
@@ -163,14 +165,13 @@ void rank_one_backward(const Host& host, const Problem& p, const Acc* v, const S
                 set.axpy(slice.length, c[row * p.groups + g], dout + slice.start, dp_sums.part() + slice.row);
             }
             if (want_dq) {
-              load_row(p.x, row, 0, d, x);
-              if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x);
+              load_row(p.x, row, 0, d, x, p.drop_x);
               for (int64_t g = 0; g < p.groups; ++g) set.axpy(d, dc[g], x, dq_sums.part() + g * d);
             }
             if (!io.dx) continue;
             std::fill_n(dx, d, Acc{0});
             for (int64_t g = 0; g < p.groups; ++g) set.axpy(d, dc[g], q + g * d, dx);
-            if (p.drop_x.threshold != 0) set.drop(dx, row, 0, d, p.drop_x);
+            if (p.drop_x.threshold != 0) set.drop(dx, row, 0, d, p.drop_x, dx);
             if (p.residual) set.axpy(d, 1, dout, dx);
             store_row(dx, io.dx, row, 0, d);
           }

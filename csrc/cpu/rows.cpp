@@ -7,12 +7,18 @@
 namespace routed_peft::cpu {
 
 template <class Acc>
-void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to) {
-  if (m.col_stride == 1 || n == 1) {
-    isa<Acc>().load(m.at(row, column), m.dtype, n, to);
-  } else {
-    for (int64_t i = 0; i < n; ++i) isa<Acc>().load(m.at(row, column + i), m.dtype, 1, to + i);
+void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to, const Dropout& dropout) {
+  const Isa<Acc>& set = isa<Acc>();
+  const bool lies = m.col_stride == 1 || n == 1, drops = dropout.threshold != 0;
+  if (drops && lies && m.dtype == accumulated_dtype<Acc>()) {
+    return set.drop(static_cast<const Acc*>(m.at(row, column)), row, column, n, dropout, to);
   }
+  if (lies) {
+    set.load(m.at(row, column), m.dtype, n, to);
+  } else {
+    for (int64_t i = 0; i < n; ++i) set.load(m.at(row, column + i), m.dtype, 1, to + i);
+  }
+  if (drops) set.drop(to, row, column, n, dropout, to);
 }
 
 template <class Acc>
@@ -99,7 +105,7 @@ void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accu
 }
 
 #define RP_INSTANTIATE(Acc)                                                                     \
-  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*);                  \
+  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*, const Dropout&);  \
   template void store_row<Acc>(const Acc*, const Matrix&, int64_t, int64_t, int64_t);           \
   template void fill_rows<Acc>(const Host&, const Matrix&, const Matrix&, const Matrix&);       \
   template void column_sums<Acc>(const Host&, const Matrix&, const Matrix&, bool, const bool*); \

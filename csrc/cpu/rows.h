@@ -13,9 +13,9 @@ void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Ma
 template <class Acc>
 void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid = nullptr);
 
-// A row of a matrix, or a part of it, as Acc; and back. Any column stride.
+// A row of a matrix, or a part of it, as Acc, dropped and scaled; and back. Any column stride.
 template <class Acc>
-void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to);
+void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to, const Dropout& dropout = {});
 template <class Acc>
 void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, int64_t n);
 

@@ -1,3 +1,8 @@
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include <vector>
+
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/rows.h"
@@ -480,6 +485,35 @@ void chosen_set() {
   CHECK(std::strcmp(cpu::isa<float>().name, cpu::isa<double>().name) == 0, "two sets at once");
 }
 
+// Every piece is done once, whoever does it; and nobody waits for a thread that is slow.
+void shared_pieces() {
+  const double enough = cpu::kSharedWork;
+  for (int64_t h = 0; h < 4; ++h) {
+    for (const int64_t count : {0, 1, 2, 3, 7, 8, 100}) {
+      for (const double work : {0.0, enough}) {
+        std::vector<std::atomic<int>> done(static_cast<size_t>(count));
+        cpu::parallel_pieces(host(h), count, work, [&](int64_t piece) { ++done[size_t(piece)]; });
+        for (int64_t i = 0; i < count; ++i) {
+          CHECK(done[size_t(i)] == 1, "piece %d of %d done %d times", int(i), int(count), int(done[size_t(i)]));
+        }
+      }
+    }
+  }
+  constexpr int kPieces = 24;
+  std::atomic<int> others{0};
+  cpu::parallel_pieces(ThreadHost(3), kPieces, enough, [&](int64_t piece) {
+    if (piece != 0) {
+      ++others;
+      return;
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    while (others < kPieces - 1 && std::chrono::steady_clock::now() - begin < std::chrono::seconds(60)) {
+      std::this_thread::yield();
+    }
+    CHECK(others == kPieces - 1, "the first piece waited for others that were its thread's own");
+  });
+}
+
 }  // namespace
 }  // namespace routed_peft::test
 
@@ -487,6 +521,7 @@ int main() {
   using namespace routed_peft::test;
   use_tiles();
   chosen_set();
+  shared_pieces();
   half_round_trips<float>();
   half_round_trips<double>();
   rounding();

@@ -71,7 +71,10 @@ void drop_is_the_map() {
         std::vector<Acc> run(static_cast<size_t>(length));
         for (Acc& value : run) value = static_cast<Acc>(random.uniform());
         const std::vector<Acc> before = run;
-        cpu::isa<Acc>().drop(run.data(), row, column, length, dropout);
+        std::vector<Acc> other(run.size());  // apart, and in place
+        cpu::isa<Acc>().drop(run.data(), row, column, length, dropout, other.data());
+        cpu::isa<Acc>().drop(run.data(), row, column, length, dropout, run.data());
+        CHECK(run == other, "apart and in place differ");
         for (int64_t i = 0; i < length; ++i) {
           const bool keeps = dropout_keeps(dropout.seed, dropout.stream, dropout.threshold, row, column + i);
           const Acc expected = keeps ? before[size_t(i)] * static_cast<Acc>(dropout.scale()) : Acc{0};
@@ -88,11 +91,11 @@ void extremes() {
   std::vector<Acc> run(131, static_cast<Acc>(kNan));
   Dropout all{42, 65536, 0}, none{42, 0, 0};
   CHECK(all.scale() == 0 && none.scale() == 1, "scales of p = 1 and p = 0");
-  cpu::isa<Acc>().drop(run.data(), 3, 5, 131, all);
+  cpu::isa<Acc>().drop(run.data(), 3, 5, 131, all, run.data());
   for (const Acc value : run) CHECK(value == 0, "p = 1 left %g", double(value));  // a product would have left NaN
   for (size_t i = 0; i < run.size(); ++i) run[i] = static_cast<Acc>(i) / 7;
   const std::vector<Acc> before = run;
-  cpu::isa<Acc>().drop(run.data(), 3, 5, 131, none);
+  cpu::isa<Acc>().drop(run.data(), 3, 5, 131, none, run.data());
   CHECK(run == before, "p = 0 changed something");
 }
 
@@ -102,7 +105,7 @@ std::vector<bool> mask(uint64_t seed, uint32_t stream, uint32_t threshold, int64
   std::vector<float> run(static_cast<size_t>(cols));
   for (int64_t row = first_row; row < first_row + rows; ++row) {
     std::fill(run.begin(), run.end(), 1.0f);
-    cpu::isa<float>().drop(run.data(), row, 0, cols, {seed, threshold, stream});
+    cpu::isa<float>().drop(run.data(), row, 0, cols, {seed, threshold, stream}, run.data());
     for (const float value : run) keeps.push_back(value != 0);
   }
   return keeps;
