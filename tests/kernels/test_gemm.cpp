@@ -272,8 +272,9 @@ void in_place() {
 
 // A large plain product goes to the host's library where plan.h says so, in one dtype: with bfloat16 anywhere, the
 // other factor and the result are converted. Bias and residual are laid down before, or added to the converted result;
-// a bias alone is one more line of b where out is large.
-void library() {
+// a bias alone is one more line of b where out is large. `forced`: wherever it may go.
+void library(int forced) {
+  plan::forced.library_gemm = forced;
   Random random(4);
   const Dtype kOut[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16};
   const Dtype kFactor[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16};
@@ -304,8 +305,9 @@ void library() {
       const Dtype product = half ? Dtype::kBFloat16 : dtype;
       CHECK(plan::library_gemm(product, {false, true}, m, n, k) || product == Dtype::kFloat16,
             "too small for a library");
-      const bool expected = plan::library_gemm(product, cpu::isa<float>().processor, m, n, k) &&
+      const bool expected = plan::chosen(forced, plan::library_gemm(product, cpu::isa<float>().processor, m, n, k)) &&
                             !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
+                            !(half && e.bias && cpu::isa<float>().processor.tiles) &&
                             !(e.accumulate && (e.bias || e.residual));
       CHECK(with.calls == (expected ? 1 : 0), "types %d, options %d: %d calls", types, options, int(with.calls));
       CHECK(theirs.gaps_intact(), "options %d", options);
@@ -319,6 +321,7 @@ void library() {
       }
     }
   }
+  plan::forced.library_gemm = -1;
 }
 
 template <class Acc>
@@ -534,5 +537,6 @@ int main() {
   products();
   in_place<float>();
   in_place<double>();
-  library();
+  library(-1);
+  library(1);
 }

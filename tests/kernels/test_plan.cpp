@@ -157,17 +157,32 @@ void library() {
                                             {Dtype::kFloat32, kIntel, 25},
                                             {Dtype::kFloat64, kIntel, 25},
                                             {Dtype::kBFloat16, kHalf, 400},
-                                            {Dtype::kBFloat16, kTiles, 10000},
-                                            {Dtype::kBFloat16, kIntel, 10000}}) {
+                                            {Dtype::kBFloat16, kTiles, 8192},
+                                            {Dtype::kBFloat16, kIntel, 8192}}) {
     const auto goes = [dtype = dtype, processor = processor](int64_t m, int64_t n, int64_t k) {
       return plan::library_gemm(dtype, processor, m, n, k);
     };
-    CHECK(goes(4096, 128, 1024), "a large product");
+    CHECK(goes(4096, 192, 1024), "a large product");
     CHECK(goes(200, 200, k) && !goes(200, 200, k - 1), "the limit");
     CHECK(!goes(1 << 20, 7, 768) && goes(1 << 20, 8, 768), "thin");
     CHECK(!goes(7, 768, 1 << 20) && !goes(768, 1 << 20, 7), "thin");
     CHECK(!goes(0, 64, 64) && !goes(64, 64, 0), "empty");
     CHECK(goes(1 << 24, 1 << 24, 1 << 24), "more than 2^63 products");
+  }
+  for (const plan::Processor processor : {kTiles, kIntel}) {
+    const auto goes = [processor = processor](int64_t m, int64_t n, int64_t k) {
+      return plan::library_gemm(Dtype::kBFloat16, processor, m, n, k);
+    };
+    for (const auto& [rows, d] : {std::pair{2048, 4096}, {8191, 1024}, {4096, 2048}}) {
+      for (const int64_t r : {8, 64, 128}) {
+        CHECK(!goes(rows, r, d) && !goes(rows, d, r) && !goes(r, d, rows), "tiles of a matrix that is near");
+      }
+      CHECK(goes(rows, 129, d) && goes(rows, d, 129), "a high rank");
+    }
+    for (const auto& [rows, d] : {std::pair{8192, 768}, {512, 11008}, {2048, 5504}}) {
+      CHECK(goes(rows, 16, d) && goes(rows, d, 16) && goes(16, d, rows), "tiles of a matrix that is far");
+    }
+    CHECK(goes(8192, 916, 8) && !goes(8192, 915, 8), "a small product of long rows");
   }
 }
 
