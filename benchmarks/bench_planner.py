@@ -70,7 +70,8 @@ def shapes_of(choice: str) -> Iterator[Shape]:
         for (batch, n), m, r in product([(64, 32), (8, 256), (2, 1024), (256, 8)], (8, 64, 197, 576), (16, 64, 128)):
             yield shape(batch, n, 128, r, "gram", m)
     elif choice == "library_gemm":
-        for n, d, r in product((64, 512, 2048), (256, 1024, 2048), (16, 64, 128)):
+        far = [(8192, 512, 16), (8192, 512, 64), (2048, 5504, 16), (2048, 5504, 64), (2048, 2048, 192)]
+        for n, d, r in (*product((64, 512, 2048), (256, 1024, 2048), (16, 64, 128)), *far):
             yield shape(1, n, d, r, "mul")
     elif choice == "library_base":
         for n, d in product((1, 4, 8, 16, 32, 128, 1024), (768, 2048, 4096)):

@@ -33,7 +33,7 @@ CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
 CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
 DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
-SHORT = 10e-3  # seconds of a call to which it matters what was called before it
+SHORT = 50e-3  # seconds of a call to which it may matter what was called before it: by much less than 1 % beyond
 LEAST_ROUNDS = 7  # fewer leave a median to chance where the machine is shared
 _TURNS = random.Random(0)
 Call = Callable[[int], object]  # with the number of the input to take
@@ -46,8 +46,8 @@ Sample = Callable[[], float]  # seconds of one call, measured now
 def interleaved(samples: dict[str, Sample], rounds: int, seconds: float) -> dict[str, list[float]]:
     """``rounds`` samples of each in turn, or as many as ``seconds`` allow, at least LEAST_ROUNDS.
 
-    The first round warms up and does not count. Each goes in an order of its own, for a call finds in the caches what
-    the one before it left there, and starts at another depth of Python's stack: CPython keeps frames in chunks of
+    The first round warms up and does not count. Each goes in an order of its own, for a call finds in caches and heap
+    what the one before it left there, and starts at another depth of Python's stack: CPython keeps frames in chunks of
     16 KiB, and a call that crosses into the next one maps memory and gives it back, every time; whose calls the border
     meets is chance.
     """

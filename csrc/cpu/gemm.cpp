@@ -402,14 +402,12 @@ bool library_product(const Host& host, const Matrix& out, const Operand& a, cons
   const bool half = e.in_bfloat16;
   const Dtype dtype = half ? Dtype::kBFloat16 : out.dtype;
   const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
-  // Ours takes a bias along in the pass over out that the library would take a second one for.
-  if (half && e.bias && isa<float>().processor.tiles) return false;
   // Ours has sums in float32 where the library would round them.
   if (half && out.dtype != Dtype::kBFloat16 && isa<float>().half.micro[0][0] != nullptr) return false;
   if (e.ours || e.plus || !unmasked || (bias && e.accumulate) ||
       (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
       !plan::chosen(plan::forced.library_gemm,
-                    plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols))) {
+                    plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols, bool(e.bias)))) {
     return false;
   }
   // Where less is copied than a pass over out reads and writes.

@@ -57,7 +57,11 @@ inline void parallel_pieces(const Host& host, int64_t count, double work, const 
     for (int64_t mine = begin; mine < end; ++mine) {
       for (int64_t i = 0; i < workers; ++i) {
         const int64_t from = (mine + i) % workers, stop = share(from + 1);
-        for (int64_t piece; (piece = next[from].value.fetch_add(1, std::memory_order_relaxed)) < stop;) body(piece);
+        std::atomic<int64_t>& left = next[from].value;
+        while (left.load(std::memory_order_relaxed) < stop) {  // only looked at where nothing is left
+          const int64_t piece = left.fetch_add(1, std::memory_order_relaxed);
+          if (piece < stop) body(piece);
+        }
       }
     }
   });

@@ -81,14 +81,15 @@ struct Processor {
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. Ours by tiles is as fast as the library's while the largest of the three matrices stays near, and the
-// rank low. float16 stays here: the library has no product of it worth the name on a CPU.
-constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k) {
+// rank low, and takes a `bias` along in a pass over out that the library takes a second one for. float16 stays here:
+// the library has no product of it worth the name on a CPU.
+constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k, bool bias = false) {
   const double products = double(m) * double(n) * double(k);
   const int64_t shortest = std::min({m, n, k});
   if (shortest < 8 || products < (processor.library_leads ? 1e6 : 8e6)) return false;
   if (dtype == Dtype::kBFloat16 && processor.tiles) {
     const bool far = products > 1e7 * double(shortest) || std::max({m, n, k}) >= 8192;
-    return products >= (far ? 6e7 : 4e8) && (far || shortest > 128);
+    return !bias && products >= (far ? 6e7 : 4e8) && (far || shortest > 128);
   }
   if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= 16e6;
   return dtype != Dtype::kFloat16 && (!processor.wide_vectors || processor.library_leads);

@@ -305,10 +305,10 @@ void library(int forced) {
       const Dtype product = half ? Dtype::kBFloat16 : dtype;
       CHECK(plan::library_gemm(product, {false, true}, m, n, k) || product == Dtype::kFloat16,
             "too small for a library");
-      const bool expected = plan::chosen(forced, plan::library_gemm(product, cpu::isa<float>().processor, m, n, k)) &&
-                            !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
-                            !(half && e.bias && cpu::isa<float>().processor.tiles) &&
-                            !(e.accumulate && (e.bias || e.residual));
+      const bool expected =
+          plan::chosen(forced, plan::library_gemm(product, cpu::isa<float>().processor, m, n, k, bool(e.bias))) &&
+          !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
+          !(e.accumulate && (e.bias || e.residual));
       CHECK(with.calls == (expected ? 1 : 0), "types %d, options %d: %d calls", types, options, int(with.calls));
       CHECK(theirs.gaps_intact(), "options %d", options);
       const double tolerance = (expected && half ? 8 * epsilon(Dtype::kBFloat16) : 0) + 64 * epsilon(dtype);

@@ -183,6 +183,8 @@ void library() {
       CHECK(goes(rows, 16, d) && goes(rows, d, 16) && goes(16, d, rows), "tiles of a matrix that is far");
     }
     CHECK(goes(8192, 916, 8) && !goes(8192, 915, 8), "a small product of long rows");
+    CHECK(goes(2500, 4001, 16) && !goes(2500, 4000, 16), "as much as is near");
+    CHECK(!plan::library_gemm(Dtype::kBFloat16, processor, 8192, 768, 16, true), "a bias that ours takes along");
   }
 }
 
