@@ -63,13 +63,7 @@ class ConditionState:
 
     def is_of(self, *parameters: Tensor | None) -> bool:
         """Whether it was encoded with exactly these parameters, and they have not changed since."""
-        known, found = self.versions, 0
-        for p in parameters:
-            if p is not None and not p.is_inference():
-                if found == len(known) or known[found] != (id(p), p._version):
-                    return False
-                found += 1
-        return found == len(known)
+        return self.versions == _versions_now(parameters)
 
 
 def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:

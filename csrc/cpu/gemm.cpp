@@ -217,12 +217,6 @@ Array<typename Format::Unit> lay_all(const Host& host, const Operand& b, const B
   return laid;
 }
 
-// Without a host on this thread alone.
-void pieces(const Host* host, int64_t count, double work, const std::function<void(int64_t)>& body) {
-  if (host != nullptr) return parallel_pieces(*host, count, work, body);
-  for (int64_t i = 0; i < count; ++i) body(i);
-}
-
 template <class Acc, class Format>
 void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
@@ -240,7 +234,7 @@ void blocked(const Host* host, const Matrix& out, const Factors& factors, const 
     run_block<Acc, Format>(out, factors, e, grid, block, all, turned);
     Format::close();
   };
-  pieces(host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);
+  parallel_pieces(host, grid.pieces(), double(out.rows) * double(out.cols) * double(k), run);
 }
 
 // Whether the columns of b lie in memory as lines of Acc, or of bfloat16.
@@ -310,7 +304,7 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
     finish(out, 0, j0, m, cols, sums, kColumns, last);
   };
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
-  pieces(host, (n + kColumns - 1) / kColumns, double(m) * double(n) * double(k), run);
+  parallel_pieces(host, (n + kColumns - 1) / kColumns, double(m) * double(n) * double(k), run);
 }
 
 template <class Acc>

@@ -40,9 +40,11 @@ inline void parallel(const Host& host, int64_t count, double work, const std::fu
 }
 
 // As `parallel`, for parts that are worth a thread's while one by one: body(i) for each. A thread has its share of
-// them, neighbours, which may have data in common; whoever is done first takes what is left of another's.
-inline void parallel_pieces(const Host& host, int64_t count, double work, const std::function<void(int64_t)>& body) {
-  const int64_t workers = count > 1 && work >= kSharedWork ? std::min(host.threads(), count) : 1;
+// them, neighbours, which may have data in common; whoever is done first takes what is left of another's. Without a
+// host on this thread alone.
+inline void parallel_pieces(const Host* host, int64_t count, double work, const std::function<void(int64_t)>& body) {
+  const bool shared = host != nullptr && count > 1 && work >= kSharedWork;
+  const int64_t workers = shared ? std::min(host->threads(), count) : 1;
   if (workers <= 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
@@ -53,7 +55,7 @@ inline void parallel_pieces(const Host& host, int64_t count, double work, const 
   const auto share = [&](int64_t worker) { return count * worker / workers; };
   const std::unique_ptr<Next[]> next(new Next[static_cast<size_t>(workers)]);
   for (int64_t i = 0; i < workers; ++i) next[i].value = share(i);
-  host.parallel_for(workers, [&](int64_t begin, int64_t end) {
+  host->parallel_for(workers, [&](int64_t begin, int64_t end) {
     for (int64_t mine = begin; mine < end; ++mine) {
       for (int64_t i = 0; i < workers; ++i) {
         const int64_t from = (mine + i) % workers, stop = share(from + 1);
