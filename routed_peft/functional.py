@@ -327,12 +327,15 @@ def apply(
     if found is None:
         options, others = check_call(name, dtype, Asked._make(asked), tensors, others)
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
-        found = ops.resolve_backend(backend, routing, width, slices, dtype, x.device), options, _numbers(options)
+        where = ops.resolve_backend(backend, routing, width, slices, dtype, x.device)
+        rare = p or options.condition_dropout or any(t is not None for t in (C, b_down, b_C, *others))
+        few = None if rare or where == "reference" else _few_numbers(options)
+        found = where, options, _numbers(options), few
         if like is not None and not any(t is not None for t in others) and found[0] != "reference":
             if len(_found) >= _MOST_FOUND:
                 _found.clear()
             _found[like] = found
-    where, options, numbers = found
+    where, options, numbers, few = found
 
     source = options.source
     if source == "state":
@@ -347,6 +350,8 @@ def apply(
     base = None if base is None else base.contiguous()
     if seed is None and (p or options.condition_dropout):
         others = (*others[:-1], draw_seed(x.device))
+    if few is not None and alone and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        return ops.BACKENDS[where].ops.infer(x, A, B, condition, W, bias, base, *few)  # type: ignore[no-any-return]
     inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
     if where == "reference":
         return reference.run((*inputs, *others, base), options)
@@ -361,18 +366,29 @@ def apply(
     return _record(_Routed, *inputs, base, (where, others, numbers, save))[0]  # type: ignore[no-any-return]
 
 
-# What `apply` found for calls without masks, indices, offsets and seeds: backend, options, and these as numbers.
-_found: dict[Any, tuple[str, Options, tuple[Any, ...]]] = {}
+# What `apply` found for calls without masks, indices, offsets and seeds: backend, options, and these as the ops
+# `forward` and, where it will do, `infer` take them.
+_found: dict[Any, tuple[str, Options, tuple[Any, ...], tuple[Any, ...] | None]] = {}
 _MOST_FOUND = 4096
 
 
 def _numbers(options: Options) -> tuple[Any, ...]:
-    """The options as the ops take them."""
+    """The options as ``forward`` and ``backward`` take them."""
     return (
         options.samples, ROUTES[options.routing].code, SOURCES[options.source], POOLS[options.pool],
         SCALES[options.scale], options.groups, list(options.slices), options.out_features, options.scaling,
         options.dropout, options.condition_dropout, ACTIVATIONS[options.activation], options.residual,
     )  # fmt: skip
+
+
+def _few_numbers(options: Options) -> tuple[Any, ...]:
+    """The options as ``infer`` takes them, which has no dropout."""
+    choices = (
+        ROUTES[options.routing].code, SOURCES[options.source], POOLS[options.pool], SCALES[options.scale],
+        ACTIVATIONS[options.activation], int(options.residual), options.groups,
+    )  # fmt: skip
+    together = sum(choice << 8 * i for i, choice in enumerate(choices))
+    return options.samples, together, list(options.slices), options.out_features, options.scaling
 
 
 def _contiguous(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -257,6 +257,10 @@ def _forward_fake(
     return out, x.new_empty([rows, width]), state, kept
 
 
+def _infer_fake(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty([*x.shape[:-1], arguments[9]])
+
+
 def _gradients_fake(needs: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """One gradient for each input, like it; empty where bit i of ``needs`` does not ask for it."""
     like = next(t for t in inputs if t is not None)
@@ -331,6 +335,7 @@ def untouched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
     )
 
 
@@ -355,6 +360,7 @@ def register(namespace: str) -> None:
     ):
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         torch.library.register_autograd(f"{namespace}::{name}", refuse_gradient)
+    torch.library.register_fake(f"{namespace}::infer", _on_one_device(_infer_fake))  # refuses by itself
 
 
 if extension is not None:

@@ -86,6 +86,18 @@ def forward_call(save, base=False, **case):
     return *arguments[:TENSORS], given, *arguments[TENSORS:], save
 
 
+def infer_call(**case):
+    """All arguments of ``infer``, for a call that has no other tensors and no dropout; and its ``forward_call``."""
+    call = forward_call(0, **case)
+    x, A, up, condition, _, weight, bias = call[:7]
+    samples, routing, source, pool, scale, groups, slices, out, scaling, p, condition_p, activation, residual, _ = call[
+        TENSORS + 1 :
+    ]
+    assert all(t is None for t in (call[4], *call[7:TENSORS])) and p == condition_p == 0
+    choices = routing | source << 8 | pool << 16 | scale << 24 | activation << 32 | residual << 40 | groups << 48
+    return (x, A, up, condition, weight, bias, call[TENSORS], samples, choices, slices, out, scaling), call
+
+
 def backward_call(ops, needs, save=2, **case):
     """All arguments of ``backward``, with what the forward of ``ops`` saves."""
     call = forward_call(save, **case)
@@ -96,7 +108,8 @@ def backward_call(ops, needs, save=2, **case):
 def assert_fake_is_real(op, arguments):
     """Shapes, strides and dtypes of all outputs, as the tracer is told them."""
     real = op(*arguments)
+    several = isinstance(real, tuple)
     with FakeTensorMode() as mode:
         fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-    for i, (a, b) in enumerate(zip(fake, real, strict=True)):
+    for i, (a, b) in enumerate(zip(fake, real, strict=True) if several else [(fake, real)]):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), f"output {i} of {op}"

@@ -2,6 +2,8 @@
 
 import re
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,31 @@ def test_what_was_found_for_a_call_serves_only_its_like(monkeypatch):
         assert len(functional._found) == len(ALIKE) - 4 + 1  # no reference, mask, index or beams; and under autocast
         monkeypatch.setattr(functional, "check_call", None)
         run({})
+
+
+def test_a_call_without_gradients_takes_the_short_op_where_it_will_do(monkeypatch):
+    taken = []
+    calls = torch.ops.routed_peft
+    short = SimpleNamespace(
+        infer=lambda *a: (taken.append("infer"), calls.infer(*a))[1],
+        forward=lambda *a: (taken.append("forward"), calls.forward(*a))[1],
+    )
+    monkeypatch.setitem(ops.BACKENDS, "cpu", replace(ops.BACKENDS["cpu"], ops=short))
+    for changed in ALIKE:
+        given = dict(x=X, A=A, state_or_y=Y, B=B, C=None, routing="mul", scaling=1.0) | changed
+        taken.clear()
+        outs = []
+        with monkeypatch.context() as patch, torch.no_grad():
+            for _ in range(2):
+                patch.setattr(functional, "_found", {})
+                outs.append(functional.apply("layer", **given))
+                patch.setattr(functional, "_few_numbers", lambda options: None)
+        rest = {"C", "b_down", "dropout_p", "mask", "index"} & {*changed} or len(given["x"]) > 2
+        assert taken == [] if "backend" in changed else taken == ["forward" if rest else "infer", "forward"], changed
+        assert torch.equal(*outs), changed
+    taken.clear()
+    functional.apply("layer", X, A, Y, B, None, routing="mul", scaling=1.0)  # something may yet ask for a gradient
+    assert taken == ["forward"]
 
 
 def test_names_that_are_none():

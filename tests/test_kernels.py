@@ -6,7 +6,7 @@ import itertools
 import emulated
 import pytest
 import torch
-from calls import CASES, TENSORS, assert_fake_is_real, backward_call, forward_call
+from calls import CASES, TENSORS, assert_fake_is_real, backward_call, forward_call, infer_call
 from cases import EVERY, ROUTED, Backend, Case, worst
 from layers import N
 from torch.utils.checkpoint import checkpoint
@@ -206,6 +206,17 @@ def test_saved_tensors_are_the_cpu_ops(name, kernels):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype), what
                 limit = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
                 assert worst(a.cpu().double(), b.double()) < limit, f"{what}, save={save}, {dtype}"
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("source") in ("none", "state")])
+def test_infer_is_a_forward_that_keeps_nothing(name, kernels):
+    short, call = (
+        [a.to(kernels.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+        for arguments in infer_call(**CASES[name])
+    )
+    calls = ops.BACKENDS[kernels].ops
+    with torch.no_grad():
+        assert torch.equal(calls.infer(*short), calls.forward(*call)[0])
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from calls import CASES, assert_fake_is_real, backward_call, forward_call
+from calls import CASES, assert_fake_is_real, backward_call, forward_call, infer_call
 from layers import DC, NAMES, OUT, B, D, M, N, R, adapter, assert_same, inputs, linear_leaves, lora, results
 from tiny_models import awaken
 from torch import nn
@@ -20,7 +20,7 @@ OPS = torch.ops.routed_peft
 NO_DERIVATIVE = "no derivative of its own"
 
 
-# ------------------------------------------------------------------------------------------------ the four ops
+# ------------------------------------------------------------------------------------------------ the five ops
 ONES = 0b111111111
 
 
@@ -75,6 +75,40 @@ def test_opcheck_encode(routing, pool, groups):
     state, kept = OPS.encode(*arguments, True)
     for needs in (0b111, 0b010, 0):
         torch.library.opcheck(OPS.encode_backward.default, (needs, torch.randn_like(state), kept, *arguments))
+
+
+SHORT = {name: case for name, case in CASES.items() if case.get("source") in ("none", "state")}
+
+
+@pytest.mark.parametrize("case", SHORT.values(), ids=SHORT)
+def test_infer_is_a_forward_that_keeps_nothing(case):
+    for more in ({}, {"base": True}, {"residual": True, "base": False}, {"activation": "silu"}):
+        if "residual" in more and "slices" in case:
+            continue
+        arguments, call = infer_call(**case | more)
+        with torch.no_grad():
+            assert torch.equal(OPS.infer(*arguments), OPS.forward(*call)[0])
+            torch.library.opcheck(OPS.infer.default, arguments)
+            assert_fake_is_real(OPS.infer.default, arguments)
+
+
+def test_infer_refuses_where_a_derivative_could_be_asked_for():
+    arguments, _ = infer_call(source="state")
+    with pytest.raises(RuntimeError, match="infer keeps nothing for a derivative: call it under no_grad"):
+        OPS.infer(*arguments)
+    with torch.inference_mode():
+        assert OPS.infer(*arguments).shape == (B, N, OUT)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+def test_a_trace_runs_with_and_without_gradients():
+    layer, (x, y) = lora(), inputs(grad=False)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x, y), check_trace=False)
+    new = inputs(grad=False)
+    torch.testing.assert_close(traced(*new), layer(*new))
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*new), layer(*new))
 
 
 # ------------------------------------------------------------------------------------------------ no gradient is lost

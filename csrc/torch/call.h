@@ -106,6 +106,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {out, t, state, kept};
 }
 
+// A forward that keeps nothing, of a call without dropout, masks and all else that most calls of a generation do not
+// have: the fewer arguments, the sooner it starts. It has no formula of Python's that would refuse a derivative, which
+// is slow even where none is asked for, and so runs only where none can be. `choices`: routing, source, pool, scale,
+// activation and residual, a byte each from the lowest on, and groups above them.
+template <class Device>
+Tensor infer(Tensor x, Tensor A, Tensor B, MaybeTensor condition, MaybeTensor weight, MaybeTensor bias,
+             MaybeTensor base, int64_t samples, int64_t choices, std::vector<int64_t> slices, int64_t out_features,
+             double scaling) {
+  STD_TORCH_CHECK(!aoti_torch_grad_mode_is_enabled(), "infer keeps nothing for a derivative: call it under no_grad");
+  const Device device(x);
+  const Place& place = device.place();
+  const MaybeTensor none;
+  const auto choice = [&](int i) { return choices >> (8 * i) & 0xFF; };
+  const Call call = make_call(place, x, A, B, condition, none, weight, bias, none, none, none, none, none, none, none,
+                              none, base, samples, choice(0), choice(1), choice(2), choice(3), choices >> 48, slices,
+                              out_features, scaling, 0, 0, choice(4), choice(5) != 0);
+  std::vector<int64_t> out_shape = shape_of(x);
+  out_shape.back() = out_features;
+  Tensor out = empty(place, out_shape, type_of(call.problem.dtype));
+  ForwardResult result;
+  result.out = dense(out.data_ptr(), call.problem.dtype, call.problem.x.rows, out_features);
+  device.forward(call.problem, result);
+  return out;
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor> encode(Tensor y, Tensor C, MaybeTensor b_C, MaybeTensor mask, int64_t routing, int64_t pool,
                                   int64_t scale, int64_t groups, bool save) {
@@ -197,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(int64_t needs, Tensor dstate,
 template <class Device, class Library>
 void implement_ops(Library& m) {
   m.impl("forward", TORCH_BOX(&forward<Device>));
+  m.impl("infer", TORCH_BOX(&infer<Device>));
   m.impl("backward", TORCH_BOX(&backward<Device>));
   m.impl("encode", TORCH_BOX(&encode<Device>));
   m.impl("encode_backward", TORCH_BOX(&encode_backward<Device>));
