@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from ptxas_report import COMMAND, ROOT, in_order, short_names
@@ -68,6 +69,10 @@ def count(sass: str) -> Counts:
     return {(names[mangled], arch): counts for (mangled, arch), counts in found.items()}
 
 
+def counts_on(arch: str, library: Path) -> Counts:
+    return count(cuobjdump("-sass", "-arch", arch, str(library)))
+
+
 def problems(counts: Counts) -> Iterator[str]:
     kernels = sorted({kernel for kernel, _ in counts}, key=lambda kernel: in_order((kernel,)))
     for pattern, kinds in GATES.items():
@@ -99,16 +104,19 @@ def main() -> None:
     library = parser.parse_args().library
     if not library.exists():
         raise SystemExit(f"no {library}: build with nvcc first ({COMMAND})")
-    counts = count(cuobjdump("-sass", str(library)))
+    counts: Counts = {}
+    with ProcessPoolExecutor(os.cpu_count()) as processes:  # reading the text takes as long as its making
+        for found in processes.map(counts_on, ARCHS, itertools.repeat(library)):
+            counts |= found
     show(counts)
-    found = list(problems(counts))
+    missing = list(problems(counts))
     ptx = set(re.findall(r"^\.target (\w+)", cuobjdump("-ptx", str(library)), re.MULTILINE))
     print(f"PTX: {', '.join(sorted(ptx)) or 'none'}")
     if ptx != {PTX}:
-        found.append(f"PTX for {sorted(ptx)}, and it must be for {PTX} alone: later GPUs run nothing else")
-    for problem in found:
+        missing.append(f"PTX for {sorted(ptx)}, and it must be for {PTX} alone: later GPUs run nothing else")
+    for problem in missing:
         print(problem, file=sys.stderr)
-    sys.exit(bool(found))
+    sys.exit(bool(missing))
 
 
 if __name__ == "__main__":
