@@ -215,6 +215,7 @@ def test_layer(benchmark, cell, pytestconfig):
         kind="layer", shape=vars(shape), name=shape.name, family=shape.family, text=str(shape), tokens=shape.tokens,
         M=shape.m, R=shape.width, dtype=cell.dtype, way=cell.way, clock=cell.clock, peer=cell.peer, device=device,
         model_bytes=moved, model_flops=operations, floor_seconds=max(moved / rates[0], operations / rates[1]),
+        rounds=times,
     )  # fmt: skip
     if cell.way == "step":
         benchmark.extra_info.update(layer.memory[cell.peer])

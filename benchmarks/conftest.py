@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     group.addoption("--peers", type=words, default=[*peers.PEERS], help="all")
     group.addoption("--clocks", type=words, help="all that the device has: wall on a CPU; graph, graph warm, wall")
     group.addoption("--shapes", type=words, default=[""], help="those whose name holds one of these words")
-    group.addoption("--seconds", type=float, default=2.0, help="for the rounds of one group; it gets seven at least")
+    group.addoption("--seconds", type=float, default=2.0, help="for the rounds of one group; it gets eleven at least")
 
 
 def pytest_configure(config):

@@ -1,7 +1,9 @@
 """A result of the benchmarks: reading and writing it, and what is computed from it.
 
 A result holds facts (the machine, versions, commit, date), notes (what did not run), shapes, and one row for each cell:
-what the benchmark said, how many samples it has, and their minimum, fifths and median in seconds.
+what the benchmark said, how many samples it has, and their minimum, fifths and median in seconds. Those of a layer
+have their samples too, round by round: all peers of a group were called once in each, so what compares them is taken
+within a round.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ import csv
 import json
 import math
 import re
+import statistics
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from model import WAYS
 from shapes import Shape
@@ -20,7 +25,7 @@ from shapes import Shape
 OURS = "routed_peft"
 OF_SHAPE = ("shape", "family", "text", "tokens", "M", "R")  # kept once for all rows
 OFF = 1.05  # a choice of the planner's that takes so much longer than another one is a bad one
-SLOWER = 1.03  # above that, and not before, a cell counts as slower: less is the spread of a median
+SLOWER = 1.03  # above that, and not before, a cell counts as slower
 Group = dict[str, dict]  # a row for each peer, measured in turns
 
 
@@ -83,8 +88,9 @@ def row_of(bench: dict, shapes: dict[str, dict]) -> dict:
     said.setdefault("kind", "other")
     if said["kind"] == "layer":
         shapes[said["name"]] = {key: said.pop(key) for key in OF_SHAPE}
-    times = {key: stats[key] for key in ("min", "p20", "median", "p80")}
-    return {**said, "n": stats["rounds"], **{key: float(f"{value:.6g}") for key, value in times.items()}}
+    times = {key: float(f"{stats[key]:.6g}") for key in ("min", "p20", "median", "p80")}
+    rounds = {"rounds": [float(f"{time:.4g}") for time in said.pop("rounds")]} if "rounds" in said else {}
+    return {**said, "n": stats["rounds"], **times, **rounds}
 
 
 def write_json(result: Result, path: Path) -> None:
@@ -110,16 +116,46 @@ def write_csv(result: Result, path: Path) -> None:
 # ---- numbers
 
 
-def ratio(group: Group, peer: str) -> float | None:
+class Estimate(NamedTuple):
+    """A median, and the bounds that it lies between with a certainty of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def estimate(samples: Sequence[float]) -> Estimate:
+    """Of any distribution: the bounds are two of the samples, each with so many beyond it that the true median is
+    there with a probability of 2.5 % at most (of fewer than six samples the outermost, with more)."""
+    ordered, n = sorted(samples), len(samples)
+    beyond, tail = 0, 2.0**-n
+    while tail <= 0.025:
+        beyond += 1
+        tail += math.comb(n, beyond) * 2.0**-n
+    outer = max(beyond - 1, 0)
+    return Estimate(statistics.median(ordered), ordered[outer], ordered[n - 1 - outer])
+
+
+def rounds(group: Group, *names: str) -> Iterator[tuple[float, ...]]:
+    """What these peers took, round by round."""
+    return zip(*(group[name]["rounds"] for name in names), strict=True)
+
+
+def ratio(group: Group, peer: str) -> Estimate | None:
     """How many times as long a peer takes as we do."""
-    return group[peer]["median"] / group[OURS]["median"] if {peer, OURS} <= set(group) else None
+    if not {peer, OURS} <= set(group):
+        return None
+    return estimate([theirs / ours for theirs, ours in rounds(group, peer, OURS)])
 
 
 def adapter(group: Group, peer: str) -> float | None:
     """A peer's time less that of the frozen layer, where more than the spread is left of it."""
     if not {peer, "base"} <= set(group):
         return None
-    left = group[peer]["median"] - group["base"]["median"]
+    left = statistics.median(whole - base for whole, base in rounds(group, peer, "base"))
     return left if left > 0.005 * group["base"]["median"] else None
 
 
@@ -131,26 +167,44 @@ def adapter_ratio(group: Group) -> float | None:
     return eager / ours if ours else math.inf
 
 
-def lost(result: Result, peer: str) -> list[tuple]:
+def lost(result: Result, peer: str) -> dict[tuple, Estimate]:
     """The groups in which we are slower than a peer, the worst first."""
     ratios = {key: ratio(group, peer) for key, group in result.groups().items()}
-    return sorted((key for key, value in ratios.items() if value and value * SLOWER < 1), key=lambda key: ratios[key])
+    slower = {key: times for key, times in ratios.items() if times and times.value * SLOWER < 1}
+    return dict(sorted(slower.items(), key=lambda item: item[1]))
 
 
-def aims(result: Result) -> list[tuple[tuple, str, float, float | None]]:
-    """Cell, what is compared, the aim and what was reached."""
+def surely(slower: dict[tuple, Estimate]) -> int:
+    """In how many of them chance is no explanation."""
+    return sum(times.high * SLOWER < 1 for times in slower.values())
+
+
+class Aim(NamedTuple):
+    cell: tuple
+    what: str  # is compared
+    aim: float
+    reached: float
+    surely_missed: bool  # by more than what is left to chance
+
+
+def aims(result: Result) -> list[Aim]:
     found = []
     for key, group in result.groups().items():
         name, _, way, clock = key
         shape = result.shape(name)
         if clock == "graph" and any(shape.aims):
             aim = dict(zip(WAYS, (*shape.aims, 1.0), strict=True))[way]
-            found.append((key, "layer against eager", aim, ratio(group, "eager")))
+            if reached := ratio(group, "eager"):
+                found.append(Aim(key, "layer against eager", aim, reached.value, reached.high < aim))
         elif clock == "wall" and not any(shape.aims) and way != "backward":
-            found.append((key, "layer against aten", 1 / SLOWER, ratio(group, "aten")))
-            if aim := adapter_aim(shape):
-                found.append((key, "adapter against eager's", aim, adapter_ratio(group)))
-    return [entry for entry in found if entry[3] is not None]
+            if reached := ratio(group, "aten"):
+                found.append(Aim(key, "layer against aten", 1 / SLOWER, reached.value, reached.high * SLOWER < 1))
+            if (aim := adapter_aim(shape)) and (times := adapter_ratio(group)):
+                ahead = [
+                    (eager - base) - aim * (ours - base) for eager, ours, base in rounds(group, "eager", OURS, "base")
+                ]
+                found.append(Aim(key, "adapter against eager's", aim, times, estimate(ahead).high < 0))
+    return found
 
 
 def adapter_aim(shape: Shape) -> float:

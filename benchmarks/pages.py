@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 import peers
-from outcome import OFF, OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio
+from outcome import OFF, OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio, surely
 
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 # What the README shows, where it was measured, beside the cells that lose most to aten.
@@ -18,10 +18,11 @@ SHOWN = [
 ]  # fmt: skip
 README_PEERS = (OURS, "eager", "compile", "aten", "peft", "base")
 LAYERS = """\
-Medians; after the comma how many times as long as routed_peft that is, **bold** where the peer is faster. An adapter's
-time is the layer's less that of base, and – where no more than the spread is left of it; eager's is ∞ times as long as
-ours where our layer takes no longer than the base alone in torch. `of copy` is what routed_peft
-has to move (benchmarks/model.py) over its time, as a part of the measured copy bandwidth.
+Medians; after the comma how many times as long as routed_peft that is, by the median of what it is in each round in
+which all peers took their turn, **bold** where the peer is faster. An adapter's time is the layer's less that of base,
+and – where no more than the spread is left of it; eager's is ∞ times as long as ours where our layer takes no longer
+than the base alone in torch. `of copy` is what routed_peft has to move (benchmarks/model.py) over its time, as a part
+of the measured copy bandwidth.
 """
 MEMORY = """\
 MB that are kept for the backward, without parameters / MB at most beyond what was there before.
@@ -36,7 +37,8 @@ that is, **bold** where the peer is faster. eager is the layer as one writes it 
 plain torch with a backward by hand; peft is a LoRA without a route and base no update at all.
 """
 REST = """\
-routed_peft is slower than aten by more than {slower:.0%} in {lost} of {compared} groups of shape, dtype and way{where}.
+routed_peft is slower than aten by more than {slower:.0%} in {lost} of {compared} groups of shape, dtype and way{where};
+in {surely} of them the rounds leave no doubt (95 % interval of the median).
 """
 MORE = """\
 All of them, with memory and plots, are in [benchmarks/results/README.md](benchmarks/results/README.md), from
@@ -62,8 +64,8 @@ def times_of(group: Group, peer: str) -> str:
     said, times = seconds(group[peer]["median"]), ratio(group, peer)
     if peer == OURS or times is None:
         return said
-    shown = f"{times:.2f}"
-    return f"{said}, **{shown}**" if times < 0.995 and peer != "base" else f"{said}, {shown}"
+    shown = f"{times.value:.2f}"
+    return f"{said}, **{shown}**" if times.value < 0.995 and peer != "base" else f"{said}, {shown}"
 
 
 def bold(times: float) -> str:
@@ -156,13 +158,21 @@ def summary(result: Result) -> list[str]:
     for peer in ("aten", "eager"):
         compared = [key for key, group in groups.items() if ratio(group, peer) is not None]
         losses = lost(result, peer)
-        lines.append(f"* Slower than {peer} by more than {SLOWER - 1:.0%} in {len(losses)} of {len(compared)} groups.")
-        lines += [f"  * {', '.join(key)}: {ratio(groups[key], peer):.2f}" for key in losses]
-    missed = [entry for entry in aims(result) if entry[3] < entry[2]]
-    lines += [f"* {len(missed)} of {len(aims(result))} aims missed.", ""]
+        lines.append(
+            f"* Slower than {peer} by more than {SLOWER - 1:.0%} in {len(losses)} of {len(compared)} groups, "
+            f"in {surely(losses)} of them without doubt (in brackets the 95 % interval)."
+        )
+        lines += [f"  * {', '.join(key)}: {times}" for key, times in losses.items()]
+    wanted = aims(result)
+    missed = [aim for aim in wanted if aim.reached < aim.aim]
+    doubtless = sum(aim.surely_missed for aim in missed)
+    lines += [f"* {len(missed)} of {len(wanted)} aims missed, {doubtless} of them without doubt.", ""]
     if missed:
-        body = [[*key, what, f"{aim:.2f}", f"**{reached:.2f}**"] for key, what, aim, reached in missed]
-        lines += table(["shape", "dtype", "way", "clock", "ratio", "aim", "reached"], body)
+        body = [
+            [*aim.cell, aim.what, f"{aim.aim:.2f}", f"**{aim.reached:.2f}**", "" if aim.surely_missed else "yes"]
+            for aim in missed
+        ]
+        lines += table(["shape", "dtype", "way", "clock", "ratio", "aim", "reached", "in doubt"], body)
     return lines
 
 
@@ -212,7 +222,9 @@ def readme_block(result: Result) -> str:
     command = "the commands that the page below names" if several else f"`{facts['command']}`"
     lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=command), ""]
     lines += table(["layer", "dtype", "", *names], body)
-    lines += [paragraph(REST, slower=SLOWER - 1, lost=len(losses), compared=compared, where=where)]
+    lines += [
+        paragraph(REST, slower=SLOWER - 1, lost=len(losses), compared=compared, where=where, surely=surely(losses))
+    ]
     return "\n".join([*lines, "", paragraph(MORE, name=result.name), MARKS[1]])
 
 

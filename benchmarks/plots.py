@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import peers
+from outcome import ratio
 
 if TYPE_CHECKING:
     from outcome import Result
@@ -130,7 +131,7 @@ def ratios(groups: dict):
     names = [name for name in others if any(name in group for group in groups.values())]
 
     def times(group: dict, name: str) -> float:
-        return group[name]["median"] / group["routed_peft"]["median"]
+        return ratio(group, name).value
 
     panels = []
     for dtype, way in dict.fromkeys((key[1], key[2]) for key in groups if key[2] != "backward"):
