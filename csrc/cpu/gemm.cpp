@@ -26,6 +26,8 @@ constexpr int64_t kStreams = 32, kPanelsAhead = 2;
 constexpr int64_t kShort = 256, kShortColumns = 512;
 constexpr int64_t kWidest = 512;        // columns of a block of few rows
 constexpr int64_t kWidestLying = 2048;  // and of one that reads b as it lies
+// Of a block of so few rows that lays out rows of b for tiles: to read b takes longer than to multiply by it.
+constexpr int64_t kWidestRuns = 1024, kRunsRows = 128;
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
@@ -45,8 +47,9 @@ struct Blocking {
   int64_t pieces() const { return row_blocks * column_blocks; }
 };
 
-// `lies`: b is read as it lies, the better the longer its rows in a block are.
-Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies) {
+// The longer the rows of b in a block are the better where b is read as it lies (`lies`), or row by row to be laid out
+// for tiles (`runs`).
+Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies, bool runs) {
   const int64_t wanted = threads > 1 && !lies ? kPieces * threads : threads, even = lies ? 32 : kBlockColumns;
   Blocking grid{};
   const auto spread = [](int64_t size, int64_t most) {  // blocks of much the same size
@@ -65,17 +68,19 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies) {
     grid.columns = grid.near = n;
   } else {  // large both ways: what is laid out of b serves many rows
     // Wide ones for few rows, because of which only b's memory counts, and how often a page of it is looked up.
+    const bool few_runs = runs && m <= kRunsRows;
     const int64_t widest = lies             ? kWidestLying
+                           : few_runs       ? kWidestRuns
                            : m < kBlockRows ? kWidest
                                             : kWide,
-                  row_blocks = (m + kManyRows - 1) / kManyRows;
-    const int64_t fair = up((n * row_blocks + wanted - 1) / wanted, even);
+                  row_blocks = (m + kManyRows - 1) / kManyRows, least = few_runs ? threads : wanted;
+    const int64_t fair = up((n * row_blocks + least - 1) / least, even);
     grid.columns = grid.near = std::min(fair, widest);
     const int64_t column_blocks = (n + grid.columns - 1) / grid.columns;
     // More pieces of fewer rows, only where threads would wait: each block of rows lays out its part of b again.
     const auto enough = [&](int64_t parts) {
       const int64_t pieces = parts * column_blocks;
-      return pieces >= wanted || (pieces >= 2 * threads && pieces % threads == 0);
+      return pieces >= least || (pieces >= 2 * threads && pieces % threads == 0);
     };
     int64_t parts = row_blocks;
     while (!enough(parts) && parts * kBlockRows < m) ++parts;
@@ -221,7 +226,8 @@ template <class Acc, class Format>
 void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
   const bool lies = reads_in_place<Format>(out, e.plus ? *e.plus : factors);
-  const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1, lies);
+  const bool runs = Format::unit_step() > 1 && !lines_are_columns((e.plus ? *e.plus : factors).b);
+  const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1, lies, runs);
   Array<typename Format::Unit> laid[2];
   const bool narrow = !lies && (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;
   if (host != nullptr && grid.row_blocks > 1 && narrow) {
@@ -326,6 +332,11 @@ void product(const Host* host, const Matrix& out, const Factors& factors, const 
         const Factors first{factors.b.turned(), factors.a.turned()}, second{largest.b.turned(), largest.a.turned()};
         if (e.plus) scaled.plus = &second;
         return blocked<Acc, Pairs>(host, out.transposed(), first, scaled, true);
+      }
+      // A weight's gradient, both of whose factors lie across k: the large one as rows, laid out without being turned.
+      if (!by_lines && tiles && !e.plus && e.mask.threshold == 0 && out.cols <= kWide && out.rows > out.cols &&
+          factors.a.matrix.cols > kShort && lines_are_columns(factors.a) && !lines_are_columns(factors.b)) {
+        return blocked<Acc, Pairs>(host, out.transposed(), {factors.b.turned(), factors.a.turned()}, scaled, true);
       }
       if (!by_lines) return blocked<Acc, Pairs>(host, out, factors, scaled);
       if (factors.b.matrix.dtype == Dtype::kBFloat16 && largest.b.matrix.dtype == Dtype::kBFloat16) {

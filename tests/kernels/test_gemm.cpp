@@ -200,6 +200,10 @@ void products() {
   product<double>(random, 5, 300, 1025);
   product<float>(random, 1025, 5, 300);
   for (int i = 0; i < 2; ++i) product<float>(random, 290, 4000, 257);  // several tiles of a to a panel of b
+  for (int i = 0; i < 12; ++i) {  // a weight's gradient, of many rows or many columns, whichever way its factors lie
+    product<float>(random, 300, 40, 290);
+    product<float>(random, 20, 1100, 270);
+  }
   for (const int64_t rows : {1, 3, 16, 40, 200, 300}) product<float>(random, rows, 400, 24, 352);
   product<float>(random, 20, 300, 0, 288);
   // few rows and a large b that lies either way, of whole panels or not
