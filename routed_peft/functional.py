@@ -328,7 +328,8 @@ def apply(
         options, others = check_call(name, dtype, Asked._make(asked), tensors, others)
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
         where = ops.resolve_backend(backend, routing, width, slices, dtype, x.device)
-        rare = p or options.condition_dropout or any(t is not None for t in (C, b_down, b_C, *others))
+        projection_apart = options.source == "tokens" and (C is not None or b_C is not None)
+        rare = p or options.condition_dropout or projection_apart or any(t is not None for t in (b_down, *others))
         few = None if rare or where == "reference" else _few_numbers(options)
         found = where, options, _numbers(options), few
         if like is not None and not any(t is not None for t in others) and found[0] != "reference":
@@ -351,7 +352,7 @@ def apply(
     if seed is None and (p or options.condition_dropout):
         others = (*others[:-1], draw_seed(x.device))
     if few is not None and alone and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
-        return ops.BACKENDS[where].ops.infer(x, A, B, condition, W, bias, base, *few)  # type: ignore[no-any-return]
+        return ops.infer(where, x, A, B, condition, W, bias, base, *few)
     inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
     if where == "reference":
         return reference.run((*inputs, *others, base), options)

@@ -339,6 +339,15 @@ def untouched() -> bool:
     )
 
 
+def infer(where: str, *args: Any) -> Tensor:
+    """The op ``infer`` of a backend, where ``untouched()`` and gradients are off: as ``run``, with nothing left to ask."""
+    op = BACKENDS[where].ops.infer
+    if _BelowAutograd is None:
+        return op(*args)  # type: ignore[no-any-return]
+    with _BelowAutograd():
+        return op(*args)  # type: ignore[no-any-return]
+
+
 def run(op: Any, *args: Any, alone: bool | None = None) -> Any:
     """``op(*args)``; where gradients are off, so that none can be lost, without the kernel that installs the formula.
 
@@ -354,13 +363,13 @@ def register(namespace: str) -> None:
     """Give the ops of ``namespace`` their shapes and the formula that raises."""
     for name, fake in (
         ("forward", _forward_fake),
+        ("infer", _infer_fake),
         ("backward", _backward_fake),
         ("encode", _encode_fake),
         ("encode_backward", _encode_backward_fake),
     ):
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         torch.library.register_autograd(f"{namespace}::{name}", refuse_gradient)
-    torch.library.register_fake(f"{namespace}::infer", _on_one_device(_infer_fake))  # refuses by itself
 
 
 if extension is not None:

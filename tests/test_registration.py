@@ -92,20 +92,14 @@ def test_infer_is_a_forward_that_keeps_nothing(case):
             assert_fake_is_real(OPS.infer.default, arguments)
 
 
-def test_infer_refuses_where_a_derivative_could_be_asked_for():
-    arguments, _ = infer_call(source="state")
-    with pytest.raises(RuntimeError, match="infer keeps nothing for a derivative: call it under no_grad"):
-        OPS.infer(*arguments)
-    with torch.inference_mode():
-        assert OPS.infer(*arguments).shape == (B, N, OUT)
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
 def test_a_trace_runs_with_and_without_gradients():
-    layer, (x, y) = lora(), inputs(grad=False)
+    layer = awaken(rp.RoutedLoRA(nn.Linear(D, OUT), r=R, routing="gram"))  # by infer where nothing looks on
+    x, y = torch.randn(B, N, D), torch.randn(B, M, D)
     with torch.no_grad():
         traced = torch.jit.trace(layer, (x, y), check_trace=False)
-    new = inputs(grad=False)
+    assert "infer" not in str(traced.graph) and "routed_peft::forward" in str(traced.inlined_graph)
+    new = torch.randn(B, N, D), torch.randn(B, M, D)
     torch.testing.assert_close(traced(*new), layer(*new))
     with torch.no_grad():
         torch.testing.assert_close(traced(*new), layer(*new))
@@ -119,6 +113,7 @@ def calls_of_the_ops():
     state, kept = OPS.encode(*encode, True)
     return {
         "forward": forward_call(2, base=True),
+        "infer": infer_call(source="state", base=True)[0],
         "backward": backward_arguments(ONES),
         "encode": (*encode, True),
         "encode_backward": (0b111, state, kept, *encode),
@@ -127,7 +122,7 @@ def calls_of_the_ops():
 
 @pytest.mark.filterwarnings("ignore:Error detected in Generated")  # the tracer's pointer to the failing line
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["forward", "backward", "encode", "encode_backward"])
+@pytest.mark.parametrize("name", ["forward", "infer", "backward", "encode", "encode_backward"])
 def test_a_direct_call_has_no_gradient(name, compiled):
     def required(a):
         return a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
@@ -135,7 +130,8 @@ def test_a_direct_call_has_no_gradient(name, compiled):
     arguments = [required(a) for a in calls_of_the_ops()[name]]
 
     def call():
-        return getattr(OPS, name)(*arguments)[0]
+        result = getattr(OPS, name)(*arguments)
+        return result if name == "infer" else result[0]
 
     with pytest.raises(Exception, match=NO_DERIVATIVE):  # under compile the tracer wraps it in an error of its own
         (torch.compile(call, backend="aot_eager") if compiled else call)().sum().backward()

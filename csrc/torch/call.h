@@ -21,7 +21,7 @@ struct Call {
   std::vector<Slice> slices;
 };
 
-// What forward and backward share.
+// What forward, infer and backward share.
 Call make_call(const Place& place, const Tensor& x, const Tensor& A, const Tensor& B, const MaybeTensor& condition,
                const MaybeTensor& C, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& b_down,
                const MaybeTensor& b_C, const MaybeTensor& mask, const MaybeTensor& index, const MaybeTensor& input_mask,
@@ -107,14 +107,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 // A forward that keeps nothing, of a call without dropout, masks and all else that most calls of a generation do not
-// have: the fewer arguments, the sooner it starts. It has no formula of Python's that would refuse a derivative, which
-// is slow even where none is asked for, and so runs only where none can be. `choices`: routing, source, pool, scale,
-// activation and residual, a byte each from the lowest on, and groups above them.
+// have: the fewer arguments, the sooner it starts. `choices`: routing, source, pool, scale, activation and residual, a
+// byte each from the lowest on, and groups above them.
 template <class Device>
 Tensor infer(Tensor x, Tensor A, Tensor B, MaybeTensor condition, MaybeTensor weight, MaybeTensor bias,
              MaybeTensor base, int64_t samples, int64_t choices, std::vector<int64_t> slices, int64_t out_features,
              double scaling) {
-  STD_TORCH_CHECK(!aoti_torch_grad_mode_is_enabled(), "infer keeps nothing for a derivative: call it under no_grad");
   const Device device(x);
   const Place& place = device.place();
   const MaybeTensor none;
