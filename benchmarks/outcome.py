@@ -77,8 +77,17 @@ def load(paths: list[Path]) -> Result:
         result.facts = result.facts or facts
         result.notes += [note for note in raw.get("notes", []) if note not in result.notes]
         result.shapes |= raw.get("shapes", {})
-        for bench in raw["benchmarks"]:
-            result.rows.append(row_of(bench, result.shapes) if "stats" in bench else bench)
+        rows = [row_of(bench, result.shapes) if "stats" in bench else bench for bench in raw["benchmarks"]]
+        before = set(result.groups()) | set(result.groups(sweeps=True))
+        result.rows += rows
+        for row in (row for row in rows if row["kind"] == "layer"):
+            key = row["name"], row["dtype"], row["way"], row["clock"]
+            if key in before:
+                raise SystemExit(
+                    f"{path}: {', '.join(key)} is in a file before it too, and peers are compared by round"
+                )
+            if "rounds" not in row:
+                raise SystemExit(f"{path}: {', '.join(key)} has no rounds to compare peers by; measure it again")
     return result
 
 
@@ -89,7 +98,7 @@ def row_of(bench: dict, shapes: dict[str, dict]) -> dict:
     if said["kind"] == "layer":
         shapes[said["name"]] = {key: said.pop(key) for key in OF_SHAPE}
     times = {key: float(f"{stats[key]:.6g}") for key in ("min", "p20", "median", "p80")}
-    rounds = {"rounds": [float(f"{time:.4g}") for time in said.pop("rounds")]} if "rounds" in said else {}
+    rounds = {"rounds": [float(f"{time:.6g}") for time in said.pop("rounds")]} if "rounds" in said else {}
     return {**said, "n": stats["rounds"], **times, **rounds}
 
 
@@ -175,7 +184,7 @@ def lost(result: Result, peer: str) -> dict[tuple, Estimate]:
 
 
 def surely(slower: dict[tuple, Estimate]) -> int:
-    """In how many of them chance is no explanation."""
+    """In how many of them the whole interval is on that side."""
     return sum(times.high * SLOWER < 1 for times in slower.values())
 
 
@@ -184,7 +193,7 @@ class Aim(NamedTuple):
     what: str  # is compared
     aim: float
     reached: float
-    surely_missed: bool  # by more than what is left to chance
+    surely_missed: bool  # by the whole of the 95 % interval
 
 
 def aims(result: Result) -> list[Aim]:

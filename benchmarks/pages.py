@@ -33,12 +33,12 @@ more than {off:.0%} longer than the best way.
 """
 README = """\
 A layer with its frozen base, on {machine}, by {command}. Medians; after the comma how many times as long as routed_peft
-that is, **bold** where the peer is faster. eager is the layer as one writes it in torch, aten the strongest form in
+that is, by the median over the rounds in which all took turns, **bold** where the peer is faster. eager is the layer as one writes it in torch, aten the strongest form in
 plain torch with a backward by hand; peft is a LoRA without a route and base no update at all.
 """
 REST = """\
 routed_peft is slower than aten by more than {slower:.0%} in {lost} of {compared} groups of shape, dtype and way{where};
-in {surely} of them the rounds leave no doubt (95 % interval of the median).
+in {surely} of them by the whole 95 % interval of the median.
 """
 MORE = """\
 All of them, with memory and plots, are in [benchmarks/results/README.md](benchmarks/results/README.md), from
@@ -160,13 +160,13 @@ def summary(result: Result) -> list[str]:
         losses = lost(result, peer)
         lines.append(
             f"* Slower than {peer} by more than {SLOWER - 1:.0%} in {len(losses)} of {len(compared)} groups, "
-            f"in {surely(losses)} of them without doubt (in brackets the 95 % interval)."
+            f"in {surely(losses)} of them by the whole 95 % interval (in brackets)."
         )
         lines += [f"  * {', '.join(key)}: {times}" for key, times in losses.items()]
     wanted = aims(result)
     missed = [aim for aim in wanted if aim.reached < aim.aim]
     doubtless = sum(aim.surely_missed for aim in missed)
-    lines += [f"* {len(missed)} of {len(wanted)} aims missed, {doubtless} of them without doubt.", ""]
+    lines += [f"* {len(missed)} of {len(wanted)} aims missed, {doubtless} of them by the whole 95 % interval.", ""]
     if missed:
         body = [
             [*aim.cell, aim.what, f"{aim.aim:.2f}", f"**{aim.reached:.2f}**", "" if aim.surely_missed else "yes"]

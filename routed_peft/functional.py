@@ -330,6 +330,7 @@ def apply(
         where = ops.resolve_backend(backend, routing, width, slices, dtype, x.device)
         projection_apart = options.source == "tokens" and (C is not None or b_C is not None)
         rare = p or options.condition_dropout or projection_apart or any(t is not None for t in (b_down, *others))
+        rare = rare or options.groups > _MOST_GROUPS
         few = None if rare or where == "reference" else _few_numbers(options)
         found = where, options, _numbers(options), few
         if like is not None and not any(t is not None for t in others) and found[0] != "reference":
@@ -371,6 +372,7 @@ def apply(
 # `forward` and, where it will do, `infer` take them.
 _found: dict[Any, tuple[str, Options, tuple[Any, ...], tuple[Any, ...] | None]] = {}
 _MOST_FOUND = 4096
+_MOST_GROUPS = 2**15 - 1  # that `infer` has room for
 
 
 def _numbers(options: Options) -> tuple[Any, ...]:

@@ -340,7 +340,7 @@ def untouched() -> bool:
 
 
 def infer(where: str, *args: Any) -> Tensor:
-    """The op ``infer`` of a backend, where ``untouched()`` and gradients are off: as ``run``, with nothing left to ask."""
+    """The op ``infer`` of a backend, where ``untouched()`` and gradients are off: ``run`` with nothing left to ask."""
     op = BACKENDS[where].ops.infer
     if _BelowAutograd is None:
         return op(*args)  # type: ignore[no-any-return]

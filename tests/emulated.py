@@ -32,13 +32,13 @@ def _library():
     """Built once and kept: ninja compiles again only what has changed."""
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [str(ROOT / source) for source in SOURCES]
-    for name in KERNELS:  # a .cu file would go to nvcc
-        wrapper, text = BUILD / f"{name}.cpp", f'#include "kernels/{name}.cu"\n'
-        if not wrapper.exists() or wrapper.read_text() != text:
-            wrapper.write_text(text)
-        sources.append(str(wrapper))
     with open(BUILD / "mutex", "w") as mutex:
         fcntl.flock(mutex, fcntl.LOCK_EX)
+        for name in KERNELS:  # a .cu file would go to nvcc
+            wrapper, text = BUILD / f"{name}.cpp", f'#include "kernels/{name}.cu"\n'
+            if not wrapper.exists() or wrapper.read_text() != text:
+                wrapper.write_text(text)
+            sources.append(str(wrapper))
         (BUILD / "lock").unlink(missing_ok=True)  # torch's own: a build that was killed leaves it, and all others wait
         cpp_extension.load(
             "routed_peft_emulated", sources, extra_cflags=list(FLAGS), extra_include_paths=[str(ROOT / "csrc")],

@@ -46,7 +46,7 @@ def cuobjdump(*args: str) -> str:
     path = os.pathsep.join([str(package), os.environ["PATH"], "/usr/local/cuda/bin"])
     found = shutil.which("cuobjdump", path=path)
     if found is None:
-        raise SystemExit("no cuobjdump: pip install '.[kernels]', or put a toolkit that has it on PATH")
+        raise SystemExit("no cuobjdump: pip install '.[disassembler]', or put a toolkit that has it on PATH")
     run = subprocess.run([found, *args], capture_output=True, text=True, env={**os.environ, "PATH": path})
     if run.returncode:
         raise SystemExit(f"{found} {' '.join(args)}: {run.stderr.strip()}")
