@@ -33,8 +33,9 @@ more than {off:.0%} longer than the best way.
 """
 README = """\
 A layer with its frozen base, on {machine}, by {command}. Medians; after the comma how many times as long as routed_peft
-that is, by the median over the rounds in which all took turns, **bold** where the peer is faster. eager is the layer as one writes it in torch, aten the strongest form in
-plain torch with a backward by hand; peft is a LoRA without a route and base no update at all.
+that is, by the median over the rounds in which all took turns, **bold** where the peer is faster. eager is the layer as
+one writes it in torch, aten the strongest form in plain torch with a backward by hand; peft is a LoRA without a route
+and base no update at all.
 """
 REST = """\
 routed_peft is slower than aten by more than {slower:.0%} in {lost} of {compared} groups of shape, dtype and way{where};
