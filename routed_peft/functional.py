@@ -328,10 +328,10 @@ def apply(
         options, others = check_call(name, dtype, Asked._make(asked), tensors, others)
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
         where = ops.resolve_backend(backend, routing, width, slices, dtype, x.device)
-        projection_apart = options.source == "tokens" and (C is not None or b_C is not None)
-        rare = p or options.condition_dropout or projection_apart or any(t is not None for t in (b_down, *others))
-        rare = rare or options.groups > _MOST_GROUPS
-        few = None if rare or where == "reference" else _few_numbers(options)
+        lacks = (b_down, *others, *((C, b_C) if options.source == "tokens" else ()))  # what `infer` has no place for
+        short = not p and not options.condition_dropout and all(t is None for t in lacks)
+        short = short and where != "reference" and options.groups <= _MOST_GROUPS
+        few = _few_numbers(options) if short else None
         found = where, options, _numbers(options), few
         if like is not None and not any(t is not None for t in others) and found[0] != "reference":
             if len(_found) >= _MOST_FOUND:
@@ -353,7 +353,7 @@ def apply(
     if seed is None and (p or options.condition_dropout):
         others = (*others[:-1], draw_seed(x.device))
     if few is not None and alone and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
-        return ops.infer(where, x, A, B, condition, W, bias, base, *few)
+        return ops.run(ops.BACKENDS[where].ops.infer, x, A, B, condition, W, bias, base, *few, alone=True)  # type: ignore[no-any-return]
     inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
     if where == "reference":
         return reference.run((*inputs, *others, base), options)

@@ -339,15 +339,6 @@ def untouched() -> bool:
     )
 
 
-def infer(where: str, *args: Any) -> Tensor:
-    """The op ``infer`` of a backend, where ``untouched()`` and gradients are off: ``run`` with nothing left to ask."""
-    op = BACKENDS[where].ops.infer
-    if _BelowAutograd is None:
-        return op(*args)  # type: ignore[no-any-return]
-    with _BelowAutograd():
-        return op(*args)  # type: ignore[no-any-return]
-
-
 def run(op: Any, *args: Any, alone: bool | None = None) -> Any:
     """``op(*args)``; where gradients are off, so that none can be lost, without the kernel that installs the formula.
 
