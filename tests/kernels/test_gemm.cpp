@@ -204,6 +204,7 @@ void products() {
     product<float>(random, 300, 40, 290);
     product<float>(random, 20, 1100, 270);
   }
+  for (int i = 0; i < 200; ++i) product<float>(random, 40, 24, 260);  // and with every kind of operand
   for (const int64_t rows : {1, 3, 16, 40, 200, 300}) product<float>(random, rows, 400, 24, 352);
   product<float>(random, 20, 300, 0, 288);
   // few rows and a large b that lies either way, of whole panels or not
