@@ -58,11 +58,14 @@ finetune: $(READY)  ## a tiny LLaVA learns from real pictures, by Trainer
 test: $(READY)  ## the Python tests
 	$(PYTHON) -m pytest -q tests $(ARGS)
 
-bench: $(READY)  ## the benchmarks, on a GPU where there is one, into benchmarks/results/; ARGS go to pytest
+RUNS = 1
+bench: $(READY)  ## the benchmarks, on a GPU where there is one, into benchmarks/results/; RUNS repeats layers, ARGS go to pytest
 	@mkdir -p build
-	@rm -f build/bench.json
-	$(PYTHON) -m pytest benchmarks --benchmark-only --benchmark-json=build/bench.json $(ARGS); status=$$?; \
-	$(PYTHON) benchmarks/report.py build/bench.json && exit $$status
+	@rm -f build/bench-*.json
+	@status=0; what=benchmarks; for run in $$(seq $(RUNS)); do \
+	  $(PYTHON) -m pytest $$what --benchmark-only --benchmark-json=build/bench-$$run.json $(ARGS) || status=$$?; \
+	  what=benchmarks/bench_layer.py; \
+	done; $(PYTHON) benchmarks/report.py build/bench-*.json && exit $$status
 
 lint: $(LINTERS)  ## formatting, style and types; changes nothing
 	$(PYTHON) -m ruff check

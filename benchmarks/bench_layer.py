@@ -26,7 +26,7 @@ from shapes import SWEEP_M, SWEEP_TOKENS, TABLES, Shape
 torch._functorch.config.donated_buffer = False
 
 SWEEP_PEERS = ["routed_peft", "eager", "aten", "base"]
-ROUNDS = 50
+ROUNDS = 50  # of a run; what more of them would say, another process says better
 PLAYER = measure.Recorded()
 
 

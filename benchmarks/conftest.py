@@ -5,10 +5,10 @@ pytest benchmarks/bench_layer.py --benchmark-only --shapes gpt2,decode --peers r
 """
 
 import shlex
-import statistics
 from collections import Counter
 
 import measure
+import outcome
 import peers
 import pytest
 import torch
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     group.addoption("--peers", type=words, default=[*peers.PEERS], help="all")
     group.addoption("--clocks", type=words, help="all that the device has: wall on a CPU; graph, graph warm, wall")
     group.addoption("--shapes", type=words, default=[""], help="those whose name holds one of these words")
-    group.addoption("--seconds", type=float, default=2.0, help="for the rounds of one group; it gets eleven at least")
+    group.addoption("--seconds", type=float, default=1.0, help="for the rounds of one group; it gets seven at least")
 
 
 def pytest_configure(config):
@@ -75,6 +75,5 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["notes"] = [why if count == 1 else f"{why} ({count} cells)" for why, count in notes.items()]
     timed = [bench for bench in benchmarks if not bench.has_error]
     for bench, written in zip(timed, output_json["benchmarks"], strict=True):
-        times = bench.stats.data
-        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        written["stats"] |= {"p20": fifths[0], "p80": fifths[3]}
+        times = outcome.spread(bench.stats.data)
+        written["stats"] |= {"p20": times["p20"], "p80": times["p80"]}

@@ -34,7 +34,7 @@ CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
 DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
 CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
 SHORT = 50e-3  # seconds of a call in whose time it may show what was called before it
-LEAST_ROUNDS = 11  # fewer leave a median to chance where the machine is shared
+LEAST_ROUNDS = 7  # fewer leave a median to chance where the machine is shared
 _TURNS = random.Random(0)
 Call = Callable[[int], object]  # with the number of the input to take
 Sample = Callable[[], float]  # seconds of one call, measured now
@@ -86,7 +86,9 @@ def wall(call: Call, device: str, least: float = 2e-3) -> Sample:
         return (time.perf_counter() - begin) / repeats
 
     timed(1)
-    once = min(timed(1) for _ in range(3))
+    once = timed(1)
+    if once < SHORT:
+        once = min(once, timed(1), timed(1))
     repeats = max(1, min(1000, round(least / once)))
 
     def sample() -> float:

@@ -2,8 +2,9 @@
 
 A result holds facts (the machine, versions, commit, date), notes (what did not run), shapes, and one row for each cell:
 what the benchmark said, how many samples it has, and their minimum, fifths and median in seconds. Those of a layer
-have their samples too, round by round: all peers of a group were called once in each, so what compares them is taken
-within a round.
+have their samples too, by run and round. All peers of a group were called once in each round, so what compares them is
+taken within one. A run is a process: where its memory lies, and what speed the machine has in those minutes, moves a
+ratio by several per cent for all of its rounds, so what several runs say is told by their medians.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,16 @@ class Result:
                 found[row["name"], row["dtype"], row["way"], row["clock"]][row["peer"]] = row
         return dict(found)
 
+    def every_group(self) -> dict[tuple[str, str, str, str], Group]:
+        return self.groups() | self.groups(sweeps=True)
+
+    @property
+    def samples(self) -> tuple[int, str]:
+        """What the median of a ratio is taken of, at least: how many, and of what."""
+        runs = [row["runs"] for row in self.of_kind("layer")]
+        several = min(len(mine) for mine in runs)
+        return (several, "runs") if several > 1 else (min(len(mine[0]) for mine in runs), "rounds")
+
     def of_kind(self, kind: str) -> list[dict]:
         return [row for row in self.rows if row["kind"] == kind]
 
@@ -68,6 +79,7 @@ def load(paths: list[Path]) -> Result:
     result = Result({}, [], {}, [])
     for path in paths:
         raw = json.loads(path.read_text())
+        part = Result({}, [], raw.get("shapes", {}), [])
         facts = raw.get("facts", {})
         for what in ("device", "torch", "commit"):
             if result.facts and facts[what] != result.facts[what]:
@@ -76,18 +88,25 @@ def load(paths: list[Path]) -> Result:
             result.facts["command"] += f"; {facts['command']}"
         result.facts = result.facts or facts
         result.notes += [note for note in raw.get("notes", []) if note not in result.notes]
-        result.shapes |= raw.get("shapes", {})
-        rows = [row_of(bench, result.shapes) if "stats" in bench else bench for bench in raw["benchmarks"]]
-        before = set(result.groups()) | set(result.groups(sweeps=True))
-        result.rows += rows
-        for row in (row for row in rows if row["kind"] == "layer"):
-            key = row["name"], row["dtype"], row["way"], row["clock"]
-            if key in before:
-                raise SystemExit(
-                    f"{path}: {', '.join(key)} is in a file before it too, and peers are compared by round"
-                )
-            if "rounds" not in row:
+        part.rows = [row_of(bench, part.shapes) if "stats" in bench else bench for bench in raw["benchmarks"]]
+        result.shapes |= part.shapes
+        known = result.every_group()
+        result.rows += [row for row in part.rows if row["kind"] != "layer"]
+        for key, group in part.every_group().items():
+            if any("runs" not in row for row in group.values()):
                 raise SystemExit(f"{path}: {', '.join(key)} has no rounds to compare peers by; measure it again")
+            if key not in known:
+                result.rows += group.values()
+            elif set(known[key]) != set(group):
+                raise SystemExit(
+                    f"{path}: {', '.join(key)} was run with {', '.join(group)}, in a file before it with "
+                    f"{', '.join(known[key])}; peers are compared within a run"
+                )
+            else:
+                for peer, row in group.items():
+                    known[key][peer]["runs"] += row["runs"]
+    for row in result.of_kind("layer"):
+        row |= spread([time for run in row["runs"] for time in run])
     return result
 
 
@@ -98,8 +117,14 @@ def row_of(bench: dict, shapes: dict[str, dict]) -> dict:
     if said["kind"] == "layer":
         shapes[said["name"]] = {key: said.pop(key) for key in OF_SHAPE}
     times = {key: float(f"{stats[key]:.6g}") for key in ("min", "p20", "median", "p80")}
-    rounds = {"rounds": [float(f"{time:.6g}") for time in said.pop("rounds")]} if "rounds" in said else {}
-    return {**said, "n": stats["rounds"], **times, **rounds}
+    runs = {"runs": [[float(f"{time:.6g}") for time in said.pop("rounds")]]} if "rounds" in said else {}
+    return {**said, "n": stats["rounds"], **times, **runs}
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [*times] * 4
+    said = {"min": min(times), "p20": fifths[0], "median": statistics.median(times), "p80": fifths[3]}
+    return {"n": len(times)} | {key: float(f"{value:.6g}") for key, value in said.items()}
 
 
 def write_json(result: Result, path: Path) -> None:
@@ -126,7 +151,7 @@ def write_csv(result: Result, path: Path) -> None:
 
 
 class Estimate(NamedTuple):
-    """A median, and the bounds that it lies between with a certainty of 95 %."""
+    """A median, and the bounds that it lies between (`certainty`)."""
 
     value: float
     low: float
@@ -148,23 +173,31 @@ def estimate(samples: Sequence[float]) -> Estimate:
     return Estimate(statistics.median(ordered), ordered[outer], ordered[n - 1 - outer])
 
 
-def rounds(group: Group, *names: str) -> Iterator[tuple[float, ...]]:
-    """What these peers took, round by round."""
-    return zip(*(group[name]["rounds"] for name in names), strict=True)
+def certainty(samples: int) -> float:
+    """That an estimate's bounds hold the median: 95 % and more from six samples on."""
+    return min(0.95, 1 - 2.0 ** (1 - samples))
+
+
+def compare(group: Group, *names: str, by: Callable[..., float]) -> Estimate:
+    """What ``by`` makes of the times of these peers in a round: of the rounds of one run, or of several runs, for each
+    of which its median stands."""
+    runs = [zip(*run, strict=True) for run in zip(*(group[name]["runs"] for name in names), strict=True)]
+    values = [[by(*times) for times in run] for run in runs]
+    return estimate(values[0] if len(values) == 1 else [statistics.median(run) for run in values])
 
 
 def ratio(group: Group, peer: str) -> Estimate | None:
     """How many times as long a peer takes as we do."""
     if not {peer, OURS} <= set(group):
         return None
-    return estimate([theirs / ours for theirs, ours in rounds(group, peer, OURS)])
+    return compare(group, peer, OURS, by=lambda theirs, ours: theirs / ours)
 
 
 def adapter(group: Group, peer: str) -> float | None:
     """A peer's time less that of the frozen layer, where more than the spread is left of it."""
     if not {peer, "base"} <= set(group):
         return None
-    left = statistics.median(whole - base for whole, base in rounds(group, peer, "base"))
+    left = compare(group, peer, "base", by=lambda whole, base: whole - base).value
     return left if left > 0.005 * group["base"]["median"] else None
 
 
@@ -193,7 +226,7 @@ class Aim(NamedTuple):
     what: str  # is compared
     aim: float
     reached: float
-    surely_missed: bool  # by the whole of the 95 % interval
+    surely_missed: bool  # by all that lies between the bounds
 
 
 def aims(result: Result) -> list[Aim]:
@@ -209,10 +242,12 @@ def aims(result: Result) -> list[Aim]:
             if reached := ratio(group, "aten"):
                 found.append(Aim(key, "layer against aten", 1 / SLOWER, reached.value, reached.high * SLOWER < 1))
             if (aim := adapter_aim(shape)) and (times := adapter_ratio(group)):
-                ahead = [
-                    (eager - base) - aim * (ours - base) for eager, ours, base in rounds(group, "eager", OURS, "base")
-                ]
-                found.append(Aim(key, "adapter against eager's", aim, times, estimate(ahead).high < 0))
+
+                def ahead(eager: float, ours: float, base: float, aim: float = aim) -> float:
+                    return (eager - base) - aim * (ours - base)
+
+                missed = compare(group, "eager", OURS, "base", by=ahead).high < 0
+                found.append(Aim(key, "adapter against eager's", aim, times, missed))
     return found
 
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 import peers
-from outcome import OFF, OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, lost, ratio, surely
+from outcome import OFF, OURS, SLOWER, Group, Result, adapter, adapter_ratio, aims, certainty, lost, ratio, surely
 
 MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 # What the README shows, where it was measured, beside the cells that lose most to aten.
@@ -19,10 +19,13 @@ SHOWN = [
 README_PEERS = (OURS, "eager", "compile", "aten", "peft", "base")
 LAYERS = """\
 Medians; after the comma how many times as long as routed_peft that is, by the median of what it is in each round in
-which all peers took their turn, **bold** where the peer is faster. An adapter's time is the layer's less that of base,
-and – where no more than the spread is left of it; eager's is ∞ times as long as ours where our layer takes no longer
-than the base alone in torch. `of copy` is what routed_peft has to move (benchmarks/model.py) over its time, as a part
-of the measured copy bandwidth.
+which all peers took their turn (of several runs, which are processes, the median of theirs), **bold** where the peer is
+faster. An adapter's time is the layer's less that of base, and – where no more than the spread is left of it; eager's
+is ∞ times as long as ours where our layer takes no longer than the base alone in torch. `of copy` is what routed_peft
+has to move (benchmarks/model.py) over its time, as a part of the measured copy bandwidth.
+"""
+INTERVAL = """\
+An interval holds the median with a certainty of {certainty:.0%}; it is that of {samples}.
 """
 MEMORY = """\
 MB that are kept for the backward, without parameters / MB at most beyond what was there before.
@@ -33,13 +36,13 @@ more than {off:.0%} longer than the best way.
 """
 README = """\
 A layer with its frozen base, on {machine}, by {command}. Medians; after the comma how many times as long as routed_peft
-that is, by the median over the rounds in which all took turns, **bold** where the peer is faster. eager is the layer as
-one writes it in torch, aten the strongest form in plain torch with a backward by hand; peft is a LoRA without a route
-and base no update at all.
+that is, by the median over {samples}, **bold** where the peer is faster. eager is the layer as one writes it in torch,
+aten the strongest form in plain torch with a backward by hand; peft is a LoRA without a route and base no update at
+all.
 """
 REST = """\
 routed_peft is slower than aten by more than {slower:.0%} in {lost} of {compared} groups of shape, dtype and way{where};
-in {surely} of them by the whole 95 % interval of the median.
+in {surely} of them by the whole interval that holds the median with a certainty of {certainty:.0%}.
 """
 MORE = """\
 All of them, with memory and plots, are in [benchmarks/results/README.md](benchmarks/results/README.md), from
@@ -154,6 +157,12 @@ def plain(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("|", "\\|")
 
 
+def samples(result: Result) -> dict[str, str | float]:
+    count, kind = result.samples
+    said = f"{count} runs, each a process" if kind == "runs" else "the rounds in which all took turns"
+    return {"samples": said, "certainty": certainty(count)}
+
+
 def summary(result: Result) -> list[str]:
     lines, groups = ["## Summary", ""], result.groups()
     for peer in ("aten", "eager"):
@@ -161,13 +170,14 @@ def summary(result: Result) -> list[str]:
         losses = lost(result, peer)
         lines.append(
             f"* Slower than {peer} by more than {SLOWER - 1:.0%} in {len(losses)} of {len(compared)} groups, "
-            f"in {surely(losses)} of them by the whole 95 % interval (in brackets)."
+            f"in {surely(losses)} of them by the whole interval (in brackets)."
         )
         lines += [f"  * {', '.join(key)}: {times}" for key, times in losses.items()]
     wanted = aims(result)
     missed = [aim for aim in wanted if aim.reached < aim.aim]
     doubtless = sum(aim.surely_missed for aim in missed)
-    lines += [f"* {len(missed)} of {len(wanted)} aims missed, {doubtless} of them by the whole 95 % interval.", ""]
+    lines += [f"* {len(missed)} of {len(wanted)} aims missed, {doubtless} of them by the whole interval.", ""]
+    lines += [paragraph(INTERVAL, **samples(result)), ""]
     if missed:
         body = [
             [*aim.cell, aim.what, f"{aim.aim:.2f}", f"**{aim.reached:.2f}**", "" if aim.surely_missed else "yes"]
@@ -221,10 +231,18 @@ def readme_block(result: Result) -> str:
     where = "; the last rows are where it loses most" if losses else ""
     several = "; " in facts["command"]
     command = "the commands that the page below names" if several else f"`{facts['command']}`"
-    lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=command), ""]
+    lines = [MARKS[0], paragraph(README, machine=", ".join(machine), command=command, **samples(result)), ""]
     lines += table(["layer", "dtype", "", *names], body)
     lines += [
-        paragraph(REST, slower=SLOWER - 1, lost=len(losses), compared=compared, where=where, surely=surely(losses))
+        paragraph(
+            REST,
+            slower=SLOWER - 1,
+            lost=len(losses),
+            compared=compared,
+            where=where,
+            surely=surely(losses),
+            **samples(result),
+        )
     ]
     return "\n".join([*lines, "", paragraph(MORE, name=result.name), MARKS[1]])
 

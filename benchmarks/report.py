@@ -4,7 +4,8 @@
                                                                 README.md and its plots, in benchmarks/results/
     python benchmarks/report.py --readme RESULT                 the section "Speed" of the project's README
 
-Several files are parts of one run on one machine. A result is itself a file that this program reads.
+Several files are parts, or repeated runs, of one benchmark on one machine. A result is itself a file that this program
+reads.
 """
 
 from __future__ import annotations
