@@ -24,8 +24,8 @@ CPU_SOURCES = [
 ]
 KERNELS = [
     "pack", "condition", "rank_one", "down_route", "route", "gram", "up_project", "routed",
-    "grad_output", "route_grad", "grad_state", "gram_grad", "pooled_grad", "grad_input", "reduce", "rank_one_grad",
-    "routed_grad",
+    "grad_output", "route_grad", "grad_state", "gram_grad", "pooled_grad", "grad_input", "reduce", "rank_one_sweep",
+    "rank_one_sum", "rank_one_weights", "rank_one_grad", "routed_grad",
 ]  # fmt: skip
 CUDA_SOURCES = ["csrc/torch/ops_cuda.cpp", *(f"csrc/kernels/{name}.cu" for name in KERNELS)]
 SOURCES = ["csrc/torch/module.cpp", "csrc/torch/call.cpp", "csrc/torch/ops.cpp", *CPU_SOURCES]

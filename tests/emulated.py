@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "emulated"
 KERNELS = (  # as in setup.py
     "pack", "condition", "rank_one", "down_route", "route", "gram", "up_project", "routed",
-    "grad_output", "route_grad", "grad_state", "gram_grad", "pooled_grad", "grad_input", "reduce", "rank_one_grad",
-    "routed_grad",
+    "grad_output", "route_grad", "grad_state", "gram_grad", "pooled_grad", "grad_input", "reduce", "rank_one_sweep",
+    "rank_one_sum", "rank_one_weights", "rank_one_grad", "routed_grad",
 )  # fmt: skip
 SOURCES = ("csrc/emulator/ops_emulated.cpp", "csrc/torch/call.cpp")
 FLAGS = (

@@ -185,11 +185,11 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "    __syncthreads();  // the last ones have been read\n",
      "  for (int64_t k0 = 0; k0 < k.width; k0 += kDepth) {\n"
      "    const int depth = static_cast<int>(k.width - k0 < kDepth ? k.width - k0 : kDepth);\n"),
-    # ---- rank_one_grad.cu
-    ("rank_one_grad, another slice's columns", "rank_one_grad.cu", "if (k < begin || k >= end) v[k] = 0;", ""),
-    ("rank_one_grad, no barrier before the dots are added", "rank_one_grad.cu",
+    # ---- rank_one_sweep.cu
+    ("rank_one_sweep, another slice's columns", "rank_one_sweep.cu", "if (k < begin || k >= end) v[k] = 0;", ""),
+    ("rank_one_sweep, no barrier before the dots are added", "rank_one_sweep.cu",
      "  if (!want_dc) return;\n  __syncthreads();\n", "  if (!want_dc) return;\n"),
-    ("rank_one_grad, samples out of order", "rank_one_grad.cu", "(keys[i] == mine && base + i < me)", "false"),
-    ("rank_one_grad, a warp's dots are left out", "rank_one_grad.cu",
+    ("rank_one_sweep, samples out of order", "rank_one_sweep.cu", "(keys[i] == mine && base + i < me)", "false"),
+    ("rank_one_sweep, a warp's dots are left out", "rank_one_sweep.cu",
      "for (int w = 0; w < kWarps; ++w) total += dots[", "for (int w = 1; w < kWarps; ++w) total += dots["),
 ]  # fmt: skip
