@@ -5,6 +5,7 @@ Values (offsets, index) are looked at on the CPU only: elsewhere that would wait
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,9 +41,9 @@ class Asked(NamedTuple):
 
 def check_call(
     name: str, dtype: torch.dtype, asked: Asked, tensors: Sequence[Tensor | None], others: Others
-) -> tuple[Options, Others]:
-    """All that a call has to fulfil. Unless one of ``others`` is given, or made for beams, the answer follows from what
-    is asked and from shapes, dtypes and devices alone.
+) -> Options:
+    """All that a call has to fulfil but what `ready` sees to. Without offsets the answer follows from what is asked,
+    from shapes, dtypes and devices, and for beams from whether gradients are on.
 
     Args:
         name: opens every error text.
@@ -52,7 +53,7 @@ def check_call(
         others: condition mask, condition index, input mask, cu_seqlens, condition_cu_seqlens and seed.
 
     Returns:
-        The options, and ``others`` as the ops take them.
+        The options.
 
     Raises:
         ConditionShapeError, MissingConditionError, ValueError: something does not fit.
@@ -117,29 +118,27 @@ def check_call(
         check_devices(name, x, condition=condition)
 
     if cu_seqlens is not None:
-        cu_seqlens = check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
+        check_cu_seqlens(name, "cu_seqlens", cu_seqlens, x)
         if input_mask is not None:
             raise ConditionShapeError(f"{name}: input_mask goes with padded batches; a flat input has no padding")
     if condition_cu_seqlens is not None and condition is not None:
-        condition_cu_seqlens = check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
-    samples, index = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
+        check_cu_seqlens(name, "condition_cu_seqlens", condition_cu_seqlens, condition)
+    samples = sample_layout(name, x, condition, source, mask, index, cu_seqlens, condition_cu_seqlens)
     if mask is not None:
         if source == "state":
             raise ConditionShapeError(f"{name}: a ConditionState already has its mask; pass no condition_mask with it")
         if source == "in_sequence":
             by_sample = _positions(x, samples, cu_seqlens)
-            mask = check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
+            check_mask(name, "in-sequence condition mask", mask, by_sample, "input")
         elif condition is not None:
             if condition_cu_seqlens is not None:
                 raise ConditionShapeError(
                     f"{name}: condition_mask goes with padded conditions; a flat condition has no padding"
                 )
             shape = tuple(condition.shape[:2]) if condition.dim() == 3 else (condition.shape[0], 1)
-            mask = check_mask(name, "condition mask", mask, shape, "condition")
-    if routing != "cross_gram":
-        input_mask = None
-    elif input_mask is not None:
-        input_mask = check_mask(name, "input mask", input_mask, _positions(x, samples, cu_seqlens), "input")
+            check_mask(name, "condition mask", mask, shape, "condition")
+    if routing == "cross_gram" and input_mask is not None:
+        check_mask(name, "input mask", input_mask, _positions(x, samples, cu_seqlens), "input")
     pool = resolve_pool(routing, pool)
     check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
 
@@ -147,11 +146,64 @@ def check_call(
         condition_p = 0.0
     elif source == "in_sequence":
         condition_p = dropout_p  # V is rows of T, so it shares X's mask
-    options = Options(
+    return Options(
         samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_p,
         activation, residual,
     )  # fmt: skip
-    return options, (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
+
+
+def ready(name: str, options: Options, condition: Tensor | None, others: Others, alone: bool) -> Others:
+    """The ``others`` of a call that fulfils `check_call`, as the ops take them; the values of an index are looked at.
+    ``alone`` is what ``ops.untouched()`` said.
+
+    Raises:
+        ConditionShapeError: the index points beyond the conditions.
+    """
+    mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed = others
+    if options.source == "none":
+        mask = index = condition_cu_seqlens = None
+    elif condition is not None:
+        conditions = condition.shape[0] if condition_cu_seqlens is None else condition_cu_seqlens.shape[0] - 1
+        if index is not None:
+            index = _index(name, index, conditions)
+        elif options.samples != conditions:
+            make = _beams_again if alone else _beams
+            index = make(conditions, options.samples // conditions, condition.device)
+    if options.routing != "cross_gram":
+        input_mask = None
+    mask, input_mask = (None if t is None else t.to(torch.bool).contiguous() for t in (mask, input_mask))
+    offsets = (None if t is None else t.to(torch.int64).contiguous() for t in (cu_seqlens, condition_cu_seqlens))
+    return (mask, index, input_mask, *offsets, seed)
+
+
+def _index(name: str, index: Tensor, conditions: int) -> Tensor:
+    if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
+        low, high = (int(t) for t in index.aminmax())
+        if low < 0 or high >= conditions:
+            raise ConditionShapeError(
+                f"{name}: condition_index {low if low < 0 else high} is out of range for {conditions} conditions"
+            )
+    return index.to(torch.int64).contiguous()
+
+
+def _beams(conditions: int, each: int, device: torch.device) -> Tensor:
+    """The index of ``each`` rows in a row for every condition, as generate() lays beams out."""
+    return torch.arange(conditions, device=device).repeat_interleave(each)
+
+
+def _beams_again(conditions: int, each: int, device: torch.device) -> Tensor:
+    """The same for all layers and steps, on the stream that made it. None is kept for a graph that is being captured,
+    which would read it for longer than it may be here."""
+    if device.type != "cuda":
+        return _kept_beams(conditions, each, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _beams(conditions, each, device)
+    return _kept_beams(conditions, each, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(64)
+def _kept_beams(conditions: int, each: int, device: torch.device, stream: int) -> Tensor:
+    return _beams(conditions, each, device)
 
 
 def _positions(x: Tensor, samples: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
@@ -215,19 +267,16 @@ def check_base(
         raise ConditionShapeError(f"{name}: a base's output takes the place of a residual; pass one of them")
 
 
-def check_mask(name: str, what: str, mask: Tensor | None, shape: tuple[int, ...], of: str) -> Tensor | None:
-    """The mask as bool, of exactly ``shape``."""
-    if mask is None:
-        return None
+def check_mask(name: str, what: str, mask: Tensor, shape: tuple[int, ...], of: str) -> None:
+    """A mask is of bool or integers, and of exactly ``shape``."""
     if mask.is_floating_point() or mask.is_complex():
         raise ConditionShapeError(f"{name}: {what} must be bool or 0/1 integers, got {mask.dtype}")
     if tuple(mask.shape) != tuple(shape):
         raise ConditionShapeError(f"{name}: {what} {tuple(mask.shape)} does not match {of} {tuple(shape)}")
-    return mask.to(torch.bool).contiguous()
 
 
-def check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> Tensor:
-    """Row offsets as int64."""
+def check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> None:
+    """Row offsets are integers that rise from 0 to the rows of ``flat``."""
     if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
         raise ConditionShapeError(
             f"{name}: {what} must be int32 or int64 [batch + 1], got {cu.dtype} {tuple(cu.shape)}"
@@ -240,7 +289,6 @@ def check_cu_seqlens(name: str, what: str, cu: Tensor, flat: Tensor) -> Tensor:
             or any(b < a for a, b in zip(bounds, bounds[1:], strict=False))
         ):
             raise ConditionShapeError(f"{name}: {what} must rise from 0 to the {flat.shape[0]} rows, got {bounds}")
-    return cu.to(torch.int64).contiguous()
 
 
 def output_layout(
@@ -294,19 +342,19 @@ def sample_layout(
     index: Tensor | None,
     cu_seqlens: Tensor | None,
     condition_cu_seqlens: Tensor | None,
-) -> tuple[int, Tensor | None]:
-    """How many samples x holds, and which condition each of them uses (None: its own)."""
+) -> int:
+    """How many samples x holds, each of which has a condition of its own, one by the index, or its beam's."""
     given = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0] if x.dim() > 2 else None
     if cu_seqlens is not None and x.dim() != 2:
         raise ConditionShapeError(f"{name}: cu_seqlens needs a flat input [rows, {x.shape[-1]}], got {tuple(x.shape)}")
     if source == "none":
-        return (given if given is not None else 1), None
+        return given if given is not None else 1
     if source == "in_sequence":
         assert mask is not None
         samples = given if given is not None else mask.shape[0]
         if x.dim() == 2 and cu_seqlens is None and (samples == 0 or x.shape[0] % samples):
             raise ConditionShapeError(f"{name}: {x.shape[0]} input rows cannot be split over mask batch {samples}")
-        return samples, None
+        return samples
     assert condition is not None
     conditions = condition_cu_seqlens.shape[0] - 1 if condition_cu_seqlens is not None else condition.shape[0]
     if index is not None:
@@ -319,23 +367,14 @@ def sample_layout(
             raise ConditionShapeError(
                 f"{name}: input batch {samples} does not match condition_index {tuple(index.shape)}"
             )
-        if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
-            low, high = (int(t) for t in index.aminmax())
-            if low < 0 or high >= conditions:
-                raise ConditionShapeError(
-                    f"{name}: condition_index {low if low < 0 else high} is out of range for {conditions} conditions"
-                )
-        index = index.to(torch.int64).contiguous()
     else:
         samples = given if given is not None else conditions
-        if samples != conditions:
-            # beams: k rows in a row for each condition, as generate() lays them out
-            if torch.is_grad_enabled() or conditions == 0 or samples % conditions:
-                raise ConditionShapeError(f"{name}: input batch {samples} does not match condition batch {conditions}")
-            index = torch.arange(conditions, device=x.device).repeat_interleave(samples // conditions)
+        # no gradients: perhaps beams
+        if samples != conditions and (torch.is_grad_enabled() or conditions == 0 or samples % conditions):
+            raise ConditionShapeError(f"{name}: input batch {samples} does not match condition batch {conditions}")
     if x.dim() == 2 and cu_seqlens is None and (x.shape[0] % samples if samples else x.shape[0]):
         raise ConditionShapeError(f"{name}: {x.shape[0]} input rows cannot be split over condition batch {samples}")
-    return samples, index
+    return samples
 
 
 def check_elementwise(

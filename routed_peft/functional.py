@@ -19,7 +19,17 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import ops, reference
-from .checks import Asked, Others, check_call, check_condition, check_devices, check_mask, check_routing, check_vector
+from .checks import (
+    Asked,
+    Others,
+    check_call,
+    check_condition,
+    check_devices,
+    check_mask,
+    check_routing,
+    check_vector,
+    ready,
+)
 from .reference import Options
 from .routes import ACTIVATIONS, POOLS, ROUTES, SCALES, SOURCES, resolve_pool
 from .state import ConditionState, versions_of
@@ -227,7 +237,9 @@ def encode_condition(
     check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)
     check_vector(name, "b_C", b_C, C.shape[0])
     y = y.to(compute_dtype(y)).contiguous()
-    mask = check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
+    if mask is not None:
+        check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
+        mask = mask.to(torch.bool).contiguous()
     where = ops.resolve_backend(backend, routing, C.shape[0] // groups, groups, y.dtype, y.device)
     if where == "reference":
         options = Options(y.shape[0], routing, "tokens", pool, scale, groups, (), 0, 1.0, 0.0, 0.0, "none", False)
@@ -314,30 +326,33 @@ def apply(
     others: Others = (mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed)
     # What was found for a call holds for all that are like it. Not where values are looked at, nor where something in
     # torch looks on: sizes may be symbols there.
-    like = None
-    if (
-        alone and mask is None and index is None and input_mask is None and cu_seqlens is None
-        and condition_cu_seqlens is None and seed is None
-    ):  # fmt: skip
-        like = (dtype, asked, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    like, bare = None, mask is None and index is None and input_mask is None and seed is None
+    if alone and cu_seqlens is None and condition_cu_seqlens is None:
+        parts = tensors if bare else (*tensors, mask, index, input_mask, seed)
+        gradients = torch.is_grad_enabled()
+        like = (dtype, asked, gradients, *[t if t is None else (t.shape, t.dtype, t.device) for t in parts])
     try:
         found = None if like is None else _found.get(like)
     except TypeError:  # an argument that is to be refused, or a fake tensor's symbolic size outside its mode
         like = found = None
     if found is None:
-        options, others = check_call(name, dtype, Asked._make(asked), tensors, others)
+        options = check_call(name, dtype, Asked._make(asked), tensors, others)
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
         where = ops.resolve_backend(backend, routing, width, slices, dtype, x.device)
-        lacks = (b_down, *others, *((C, b_C) if options.source == "tokens" else ()))  # what `infer` has no place for
+        beams = options.source in ("tokens", "state") and options.samples != condition.shape[0]
+        lacks = (b_down, mask, input_mask, cu_seqlens, condition_cu_seqlens)  # what `infer` has no place for
+        lacks += (C, b_C) if options.source == "tokens" else ()
         short = not p and not options.condition_dropout and all(t is None for t in lacks)
         short = short and where != "reference" and options.groups <= _MOST_GROUPS
         few = _few_numbers(options) if short else None
-        found = where, options, _numbers(options), few
-        if like is not None and not any(t is not None for t in others) and found[0] != "reference":
+        found = where, options, _numbers(options), few, beams
+        if like is not None and where != "reference":
             if len(_found) >= _MOST_FOUND:
                 _found.clear()
             _found[like] = found
-    where, options, numbers, few = found
+    where, options, numbers, few, beams = found
+    if like is None or not bare or beams:
+        others = ready(name, options, condition, others, alone)
 
     source = options.source
     if source == "state":
@@ -353,7 +368,7 @@ def apply(
     if seed is None and (p or options.condition_dropout):
         others = (*others[:-1], draw_seed(x.device))
     if few is not None and alone and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
-        return ops.run(ops.BACKENDS[where].ops.infer, x, A, B, condition, W, bias, base, *few, alone=True)  # type: ignore[no-any-return]
+        return ops.run(ops.BACKENDS[where].ops.infer, x, A, B, condition, W, bias, base, others[1], *few, alone=True)  # type: ignore[no-any-return]
     inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
     if where == "reference":
         return reference.run((*inputs, *others, base), options)
@@ -368,9 +383,9 @@ def apply(
     return _record(_Routed, *inputs, base, (where, others, numbers, save))[0]  # type: ignore[no-any-return]
 
 
-# What `apply` found for calls without masks, indices, offsets and seeds: backend, options, and these as the ops
-# `forward` and, where it will do, `infer` take them.
-_found: dict[Any, tuple[str, Options, tuple[Any, ...], tuple[Any, ...] | None]] = {}
+# What `apply` found for calls without offsets: backend, options, these as the ops `forward` and, where it will do,
+# `infer` take them, and whether several samples share a condition without an index.
+_found: dict[Any, tuple[str, Options, tuple[Any, ...], tuple[Any, ...] | None, bool]] = {}
 _MOST_FOUND = 4096
 _MOST_GROUPS = 2**15 - 1  # that `infer` has room for
 

@@ -258,7 +258,7 @@ def _forward_fake(
 
 
 def _infer_fake(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty([*x.shape[:-1], arguments[9]])
+    return x.new_empty([*x.shape[:-1], arguments[10]])
 
 
 def _gradients_fake(needs: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from routed_peft.routes import ACTIVATIONS, POOLS, ROUTES, SOURCES
 
 def forward_arguments(
     routing="gram", source="tokens", pool="none", *, n=N, m=M, dropout=0.0, slices=(), groups=1, bias_down=False,
-    activation="none", flat=False, dtype=torch.float32, residual=False, samples=B,
+    activation="none", flat=False, dtype=torch.float32, residual=False, samples=B, index=False,
 ):  # fmt: skip
     """What ``forward`` and ``backward`` share: no gradients wanted, which is how opcheck takes the ops."""
     width, out = R * max(len(slices) // 2, 1), D if residual else OUT
@@ -32,9 +32,10 @@ def forward_arguments(
     offsets = torch.tensor([0, 1, samples * n]) if flat else None
     condition_offsets = torch.tensor([0, 2, samples * m]) if flat and projected else None
     seed = torch.tensor([7]) if dropout else None
+    turned = torch.arange(samples).flip(0) if index else None
     tensors = (
         x, given(width, D), given(rows, R), condition, C, given(out, D), given(out),
-        given(width, wanted=bias_down), b_C, mask if mask is None or not flat else mask.flatten(), None, None,
+        given(width, wanted=bias_down), b_C, mask if mask is None or not flat else mask.flatten(), turned, None,
         offsets, condition_offsets, seed,
     )  # fmt: skip
     return *tensors, *(
@@ -61,12 +62,14 @@ CASES = {
     "rank one, ones": {"routing": "ones"},
     "rank one, slices": {"pool": "mean", "slices": (0, 8, 16, 24), "groups": 2, "dropout": 0.3},
     "rank one, state": {"source": "state", "pool": "mean"},
+    "rank one, state, index": {"source": "state", "pool": "mean", "index": True},
     "vector": {"routing": "add", "pool": "mean"},
     "vector, no rank one": {"pool": "mean", "bias_down": True, "activation": "gelu", "residual": True},
     "vector, float16": {"routing": "cross_gram", "pool": "mean", "dropout": 0.3, "dtype": torch.float16},
     "tokens": {"routing": "mul", "m": N},
     "tokens, state": {"routing": "mul", "source": "state", "m": N},
     "matrix, state": {"source": "state"},
+    "matrix, state, index": {"source": "state", "index": True, "dtype": torch.bfloat16},
     "matrix, slices": {"slices": (0, 8, 16, 24), "groups": 2},
     "matrix, slices, long": {"slices": (0, 8, 16, 24), "groups": 2, "n": 30, "m": 40},
     "matrix, slices mixed": {"slices": (0, 8, 16, 24), "groups": 1, "dropout": 0.3},
@@ -93,9 +96,10 @@ def infer_call(**case):
     samples, routing, source, pool, scale, groups, slices, out, scaling, p, condition_p, activation, residual, _ = call[
         TENSORS + 1 :
     ]
-    assert all(t is None for t in (call[4], *call[7:TENSORS])) and p == condition_p == 0
+    index = call[10]
+    assert all(t is None for t in (call[4], *call[7:10], *call[11:TENSORS])) and p == condition_p == 0
     choices = routing | source << 8 | pool << 16 | scale << 24 | activation << 32 | residual << 40 | groups << 48
-    return (x, A, up, condition, weight, bias, call[TENSORS], samples, choices, slices, out, scaling), call
+    return (x, A, up, condition, weight, bias, call[TENSORS], index, samples, choices, slices, out, scaling), call
 
 
 def backward_call(ops, needs, save=2, **case):

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import Case, worst
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import routed_peft as rp
-from routed_peft import ConditionShapeError, StaleStateError, UnsupportedError, functional, ops
+from routed_peft import ConditionShapeError, ConditionState, StaleStateError, UnsupportedError, checks, functional, ops
 
 X, Y = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
 A, B, C = torch.randn(3, 6), torch.randn(10, 3), torch.randn(3, 6)
@@ -126,7 +127,16 @@ ALIKE = [  # each differs from the first, or another one, in one thing that the 
     dict(b_down=torch.randn(3)), dict(C=C, b_C=torch.randn(3)), dict(B=torch.randn(6, 3)),
     dict(B=torch.randn(6, 3), residual=True), dict(dropout_p=1.0), dict(dropout_p=1.0, condition_dropout_p=0.0),
     dict(backend="reference"), dict(mask=torch.eye(2, 4).bool()), dict(index=torch.tensor([1, 0])),
-    dict(x=torch.randn(4, 5, 6)),  # two beams for each condition
+    dict(x=torch.randn(4, 5, 6)), dict(x=torch.randn(6, 5, 6)),  # beams for each condition
+    dict(x=torch.randn(3, 5, 6), index=torch.tensor([1, 0, 1], dtype=torch.int32)),
+    dict(x=torch.randn(2, 4, 6), routing="cross_gram", mask=torch.eye(2, 4).long()),
+    dict(x=torch.randn(2, 4, 6), routing="cross_gram", input_mask=torch.eye(2, 4).long()),
+    dict(dropout_p=0.5, seed=torch.tensor([3])),
+]  # fmt: skip
+# Whose values the answer depends on: they come between the calls that are like them.
+OTHER_VALUES = [
+    dict(mask=torch.ones(2, 4).bool()), dict(index=torch.tensor([0, 0])), dict(dropout_p=0.5, seed=torch.tensor([4])),
+    dict(x=torch.randn(2, 4, 6), routing="cross_gram", input_mask=torch.ones(2, 4).long()),
 ]  # fmt: skip
 
 
@@ -146,9 +156,34 @@ def test_what_was_found_for_a_call_serves_only_its_like(monkeypatch):
                 assert torch.equal(run(changed), out), changed
         with torch.autocast("cpu", torch.bfloat16):
             assert run({}).dtype == torch.bfloat16
-        assert len(functional._found) == len(ALIKE) - 4 + 1  # no reference, mask, index or beams; and under autocast
+        assert len(functional._found) == len(ALIKE) - 1 + 1  # no reference; and under autocast
         monkeypatch.setattr(functional, "check_call", None)
-        run({})
+        for changed in OTHER_VALUES:
+            run(changed)
+        for changed, out in zip(ALIKE, wanted, strict=True):
+            if "backend" not in changed:
+                assert torch.equal(run(changed), out), changed
+        with pytest.raises(ConditionShapeError, match="condition_index 2 is out of range for 2 conditions"):
+            run(dict(index=torch.tensor([1, 2])))
+    monkeypatch.undo()
+    with pytest.raises(ConditionShapeError, match="input batch 4 does not match condition batch 2"):
+        run(dict(x=torch.randn(4, 5, 6)))  # with gradients these are no beams
+
+
+def test_layers_share_the_index_of_beams():
+    checks._kept_beams.cache_clear()
+    x, state = torch.randn(4, 5, 6), ConditionState("gram", torch.randn(2, 3, 3))
+    with torch.no_grad():
+        out = lora(x, state, routing="gram")
+        torch.testing.assert_close(out, lora(x, state, routing="gram", index=torch.tensor([0, 0, 1, 1])))
+        assert torch.equal(lora(x, state, routing="gram"), out)
+        assert checks._kept_beams.cache_info()[:2] == (1, 1)  # hits, misses
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = ConditionState("gram", mode.from_tensor(state.tensor))
+            assert lora(mode.from_tensor(x), fake, routing="gram").shape == out.shape
+        assert checks._kept_beams.cache_info().misses == 1
+        torch.compile(lambda x, t: lora(x, ConditionState("gram", t), routing="gram"), backend="eager")(x, state.tensor)
+        assert checks._kept_beams.cache_info()[:2] == (1, 1)
 
 
 def test_a_call_without_gradients_takes_the_short_op_where_it_will_do(monkeypatch):
@@ -168,7 +203,7 @@ def test_a_call_without_gradients_takes_the_short_op_where_it_will_do(monkeypatc
                 patch.setattr(functional, "_found", {})
                 outs.append(functional.apply("layer", **given))
                 patch.setattr(functional, "_few_numbers", lambda options: None)
-        rest = {"C", "b_down", "dropout_p", "mask", "index"} & {*changed} or len(given["x"]) > 2
+        rest = {"C", "b_down", "dropout_p", "mask", "input_mask"} & {*changed}
         rest = rest and "state_or_y" not in changed  # whose projection was used before
         assert taken == [] if "backend" in changed else taken == ["forward" if rest else "infer", "forward"], changed
         assert torch.equal(*outs), changed

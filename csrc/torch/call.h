@@ -111,13 +111,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 // byte each from the lowest on, and groups above them.
 template <class Device>
 Tensor infer(Tensor x, Tensor A, Tensor B, MaybeTensor condition, MaybeTensor weight, MaybeTensor bias,
-             MaybeTensor base, int64_t samples, int64_t choices, std::vector<int64_t> slices, int64_t out_features,
-             double scaling) {
+             MaybeTensor base, MaybeTensor index, int64_t samples, int64_t choices, std::vector<int64_t> slices,
+             int64_t out_features, double scaling) {
   const Device device(x);
   const Place& place = device.place();
   const MaybeTensor none;
   const auto choice = [&](int i) { return choices >> (8 * i) & 0xFF; };
-  const Call call = make_call(place, x, A, B, condition, none, weight, bias, none, none, none, none, none, none, none,
+  const Call call = make_call(place, x, A, B, condition, none, weight, bias, none, none, none, index, none, none, none,
                               none, base, samples, choice(0), choice(1), choice(2), choice(3), choices >> 48, slices,
                               out_features, scaling, 0, 0, choice(4), choice(5) != 0);
   std::vector<int64_t> out_shape = shape_of(x);

@@ -17,7 +17,7 @@ void define_ops(Library& m) {
   m.def("forward(" RP_TENSORS ", Tensor? base, " RP_NUMBERS ", int save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "infer(Tensor x, Tensor A, Tensor B, Tensor? condition, Tensor? weight, Tensor? bias, Tensor? base, "
-      "SymInt samples, int choices, int[] slices, SymInt out_features, float scaling) -> Tensor");
+      "Tensor? index, SymInt samples, int choices, int[] slices, SymInt out_features, float scaling) -> Tensor");
   m.def("backward(int needs, Tensor dout, Tensor T, Tensor state, Tensor kept, " RP_TENSORS ", " RP_NUMBERS
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("encode(" RP_CONDITION ", bool save) -> (Tensor, Tensor)");
