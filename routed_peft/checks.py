@@ -140,7 +140,9 @@ def check_call(
     if routing == "cross_gram" and input_mask is not None:
         check_mask(name, "input mask", input_mask, _positions(x, samples, cu_seqlens), "input")
     pool = resolve_pool(routing, pool)
-    check_elementwise(name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0])
+    check_elementwise(
+        name, routing, source, pool, condition, x, samples, cu_seqlens, condition_cu_seqlens, A.shape[0], groups
+    )
 
     if source == "none" or source == "state":
         condition_p = 0.0
@@ -388,6 +390,7 @@ def check_elementwise(
     cu_seqlens: Tensor | None,
     condition_cu_seqlens: Tensor | None,
     width: int,
+    groups: int,
 ) -> None:
     """A state must have the route's shape, and an unpooled elementwise route one condition token per input token."""
     if source == "none":
@@ -395,13 +398,12 @@ def check_elementwise(
     elementwise = ROUTES[routing].state == "tokens"
     if source == "state":
         assert condition is not None
-        good = condition.shape[1] == width if condition.dim() == 2 else condition.dim() == 3 and (
-            condition.shape[2] == width if elementwise else condition.shape[1] == width
-        )  # fmt: skip
+        ends = (width,) if condition.dim() == 2 or elementwise else (width, width // groups)
+        good = condition.dim() in (2, 3) and tuple(condition.shape[-len(ends) :]) == ends
         if not good or (condition.dim() == 3 and ROUTES[routing].state == "vector"):
             raise ConditionShapeError(
                 f"{name}: a ConditionState of shape {tuple(condition.shape)} does not fit routing {routing!r} "
-                f"at width {width}"
+                f"at width {width} in {groups} group{'s' * (groups != 1)}"
             )
         if not elementwise or condition.dim() == 2:
             return

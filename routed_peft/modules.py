@@ -353,7 +353,7 @@ class LowRankUpdate(RoutedLayer):
             raise UnsupportedError(f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {found}")
         if hooked(base_layer):
             raise UnsupportedError(f"{self.label}: bake cannot take the hooks of the base layer along")
-        with torch.no_grad():
+        with torch.no_grad(), reference.no_autocast(self.A.device):
             wide = torch.float64 if self.A.dtype == torch.float64 else torch.float32
             state = None
             if self.routing != "none":

@@ -13,6 +13,7 @@ width. Unless ``groups`` is 1, the R columns are ``groups`` independent bottlene
     out = base + s · act(ρ(T, V)) B̂ᵀ           B̂ is block-diagonal over the output slices
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -250,7 +251,8 @@ def forward(
     )
     rows = t.reshape(-1, t.shape[-1])
     if cu_seqlens is None:
-        t = rows.reshape(options.samples, rows.shape[0] // max(options.samples, 1), rows.shape[1])
+        tokens = math.prod(x.shape[1:-1]) if x.dim() > 2 else rows.shape[0] // max(options.samples, 1)
+        t = rows.reshape(options.samples, tokens, rows.shape[1])
         present = torch.ones(t.shape[:2], dtype=torch.bool, device=x.device)
     else:
         t, present = _pad(rows, cu_seqlens)

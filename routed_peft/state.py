@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import StaleStateError
+
+# Parameters, each with its version counter; None of an inference tensor, which has none. The parameters themselves:
+# another one might get the memory, and so the id, of one that is gone.
+Versions = tuple[tuple[Tensor | None, int | None], ...]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class ConditionState:
         tensor: float32 (float64 for float64 inputs). v [B, R] for a pooled condition or one of a single token; for
             gram S = VᵀV and for gram_relu K = relu(V)ᵀV, [B, R, R] (with unmixed output slices [B, R, w]: the slices'
             w×w matrices below one another); V [B, M, R] where the route works token by token.
-        versions: identity and version counter of the parameters it was made from.
+        versions: the parameters it was made from, and their version counters.
 
     A differentiable pytree: gradients flow through ``tensor``. It belongs to one layer and to the parameter values of
     the moment; using it after they changed raises :class:`StaleStateError`. What torch itself does not count as a
@@ -33,7 +36,18 @@ class ConditionState:
 
     routing: str
     tensor: Tensor
-    versions: tuple[tuple[int, int], ...] = ()
+    versions: Versions = field(default=(), repr=False)
+
+    def __copy__(self) -> ConditionState:
+        return ConditionState(self.routing, self.tensor, self.versions)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConditionState:
+        """Of the tensor; it still is a state of the same parameters."""
+        return ConditionState(self.routing, copy.deepcopy(self.tensor, memo), self.versions)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is a state of parameters that no process has."""
+        return ConditionState, (self.routing, self.tensor, tuple((None, version) for _, version in self.versions))
 
     def to(self, *args: Any, **kwargs: Any) -> ConditionState:
         """The state with its tensor moved, as ``Tensor.to``."""
@@ -50,56 +64,56 @@ class ConditionState:
             return  # a version counter is no part of a traced graph, which would be guarded with every one
         if self.is_of(*parameters):
             return
-        known = dict(_versions_now(parameters))
-        if own and any(key not in known for key, _ in self.versions):
+        known = {id(p): version for p, version in _versions_now(parameters)}
+        if own and any(id(p) not in known for p, _ in self.versions):
             raise StaleStateError(
                 f"{name}: this ConditionState was encoded with other parameters than this layer's; encode it with "
                 "this layer"
             )
-        if any(known.get(key, version) != version for key, version in self.versions):
+        if any(known.get(id(p), version) != version for p, version in self.versions):
             raise StaleStateError(
                 f"{name}: this ConditionState was encoded before the parameters changed; encode it again"
             )
 
     def is_of(self, *parameters: Tensor | None) -> bool:
         """Whether it was encoded with exactly these parameters, and they have not changed since."""
-        return self.versions == _versions_now(parameters)
+        versions, i = self.versions, 0
+        for p in parameters:
+            if p is None:
+                continue
+            if i == len(versions) or versions[i][0] is not p:
+                return False
+            if versions[i][1] != (None if p.is_inference() else p._version):
+                return False
+            i += 1
+        return i == len(versions)
 
 
-def versions_of(*parameters: Tensor | None) -> tuple[tuple[int, int], ...]:
-    """Identity and version counter of each tensor that is there, for a state that is made from them."""
+def versions_of(*parameters: Tensor | None) -> Versions:
+    """Each tensor that is there, with its version counter, for a state that is made from them."""
     if torch.compiler.is_compiling():
         return ()
-    for p in parameters:
-        if p is not None and not p.is_inference():
-            _watch(p)
+    if not _hooked:
+        _hooked.append(register_optimizer_step_post_hook(_count_step))
     return _versions_now(parameters)
 
 
-def _versions_now(parameters: Sequence[Tensor | None]) -> tuple[tuple[int, int], ...]:
-    return tuple([(id(p), p._version) for p in parameters if p is not None and not p.is_inference()])
+def _versions_now(parameters: tuple[Tensor | None, ...]) -> Versions:
+    return tuple([(p, None if p.is_inference() else p._version) for p in parameters if p is not None])
 
 
-# Parameters that states were made from. Optimizers with fused=True write them without counting a version, so that is
-# made up for after every step.
-_watched = WeakIdKeyDictionary()
 _hooked: list[Any] = []  # the hook's handle, once there is a state
 
 
-def _watch(p: Tensor) -> None:
-    if not _hooked:
-        _hooked.append(register_optimizer_step_post_hook(_count_step))
-    _watched[p] = True
-
-
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Optimizers with fused=True write parameters without counting a version, so that is made up for."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p in _watched:
+            if p.grad is not None and not p.is_inference():
                 torch.autograd.graph.increment_version(p)
 
 
-class _Versions(tuple[tuple[int, int], ...]):
+class _Versions(tuple[tuple[Tensor | None, int | None], ...]):
     """Travels with a flattened state and is no part of its structure, so that an exported program takes every state."""
 
     def __eq__(self, other: object) -> bool:
@@ -110,6 +124,12 @@ class _Versions(tuple[tuple[int, int], ...]):
 
     def __hash__(self) -> int:
         return 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Versions:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Versions, ()
 
 
 def _flatten(state: ConditionState) -> tuple[list[Any], Any]:

@@ -32,6 +32,25 @@ def onto(base, **options):
 
 META = torch.device("meta")
 WRONG = {
+    "state of a whole bottleneck": (
+        lambda: lora(
+            y=ConditionState("gram", torch.randn(2, 6, 6)),
+            a=torch.randn(6, 6),
+            routing="gram",
+            out_slices=[(0, 5), (7, 12)],
+        ),
+        r"shape \(2, 6, 6\) does not fit routing 'gram' at width 6 in 2 groups",
+    ),
+    "state of slices": (
+        lambda: lora(
+            y=ConditionState("gram", torch.randn(2, 6, 3)),
+            a=torch.randn(6, 6),
+            routing="gram",
+            out_slices=[(0, 5), (7, 12)],
+            route_across_slices=True,
+        ),
+        r"shape \(2, 6, 3\) does not fit routing 'gram' at width 6 in 1 group$",
+    ),
     "beams under grad": (lambda: lora(torch.randn(4, 5, 6)), "input batch 4 does not match condition batch 2"),
     "rows": (lambda: lora(torch.randn(7, 6)), "7 input rows cannot be split over condition batch 2"),
     "condition device": (lambda: lora(y=Y.to(META)), "condition is on meta, the layer input on cpu"),

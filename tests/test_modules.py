@@ -1,6 +1,7 @@
 """The layers: when they may compute from the base weight, what they refuse, what bake makes of them."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -371,6 +372,13 @@ def test_bake_casts_to_the_base_dtype():
     torch.testing.assert_close(baked(x), layer(x, y), rtol=0.05, atol=0.1)
 
 
+def test_bake_takes_no_part_in_autocast():
+    layer = layer_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        baked = layer.bake(Y[:1])
+    torch.testing.assert_close(baked(X), layer(X, Y[:1].expand(2, -1, -1)))
+
+
 def test_bake_refuses():
     y = torch.randn(1, 3, DC)
     for routing in (name for name, route in ROUTES.items() if not route.linear):
@@ -496,6 +504,84 @@ def test_stale_states(kind):
         for stale in (state, state.to(torch.float32), state.index_select(torch.tensor([1, 0]))):
             with pytest.raises(rp.StaleStateError, match="encoded before the parameters changed; encode it again$"):
                 layer(x, stale)
+
+
+def test_a_state_outlives_its_parameters_and_is_still_theirs():
+    """Memory, and with it the id of a Python object, goes from a parameter that is gone to the next one."""
+    layer = layer_of()
+    files = [{name: torch.randn_like(value) for name, value in layer.state_dict().items()} for _ in range(3)]
+
+    def load(file):
+        layer.load_state_dict({name: value.clone() for name, value in file.items()}, assign=True)
+
+    for _ in range(20):
+        load(files[0])
+        with torch.no_grad():
+            state = layer.encode_condition(Y)
+            for file in files[1:]:
+                load(file)
+                with pytest.raises(rp.StaleStateError, match="other parameters"):
+                    layer(X, state)
+    for _ in range(20):
+        with torch.no_grad():
+            first = layer_of()
+            state = first.encode_condition(Y)
+            del first
+            with pytest.raises(rp.StaleStateError, match="other parameters"):
+                layer_of()(X, state)
+
+
+def test_a_state_of_inference_parameters_is_of_one_layer():
+    """They count no versions, but they are somebody's."""
+    with torch.inference_mode():
+        first, second = layer_of(), layer_of()
+        state = first.encode_condition(Y)
+        torch.testing.assert_close(first(X, state), first(X, Y))
+        with pytest.raises(rp.StaleStateError, match="other parameters"):
+            second(X, state)
+
+
+def test_an_optimizer_step_counts_for_what_it_wrote():
+    other, layer = layer_of(), layer_of()
+    layer.condition_A.requires_grad_(False)
+    optimizer = torch.optim.AdamW([*other.parameters(), *layer.parameters()], lr=0.1, fused=True)
+    state, wanted = layer.encode_condition(Y).to(torch.float32), layer(X, Y).detach()
+    first, second = other(X, Y).sum(), layer(X, Y).sum()
+    first.backward()
+    optimizer.step()
+    second.backward()  # none of its parameters had a gradient, so none was written
+    torch.testing.assert_close(layer(X, state), wanted)
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(X, state), layer(X, Y))  # of a frozen projection
+    state = other.encode_condition(Y)
+    optimizer.step()  # its gradient is still there
+    with pytest.raises(rp.StaleStateError, match="before the parameters changed"):
+        other(X, state)
+
+
+def test_parameters_that_were_encoded_with_can_be_swapped():
+    layer = layer_of()
+    with torch.no_grad():  # a graph would hold on to them
+        state = layer.encode_condition(Y)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with pytest.raises(rp.StaleStateError):
+        layer(X.double(), state)
+
+
+def test_a_pickled_state_is_no_layer_s():
+    layer = layer_of()
+    with torch.no_grad():
+        state = layer.encode_condition(Y)
+    assert layer(X, copy.copy(state)).shape == layer(X, copy.deepcopy(state)).shape
+    moved = pickle.loads(pickle.dumps(state))
+    assert torch.equal(moved.tensor, state.tensor) and "versions" not in repr(state)
+    with pytest.raises(rp.StaleStateError, match="other parameters"):
+        layer(X, moved)
 
 
 def test_a_stale_state_cannot_be_baked():

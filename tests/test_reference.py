@@ -124,3 +124,13 @@ def test_dropout_multiplier():
     assert not dropout_multiplier(seed, 3, 5, 1.0, 0).any()
     for other in (m.roll(1, 0), m.roll(1, 1), dropout_multiplier(seed + 1, 500, 200, p, 0)):
         assert abs(torch.corrcoef(torch.stack([m.flatten(), other.flatten()]))[0, 1]) < 0.02
+
+
+def test_no_samples_have_tokens_all_the_same():
+    A, B = torch.randn(3, 8), torch.randn(6, 3)
+    x, nobody = torch.randn(0, 5, 8), torch.zeros(0, 5, dtype=torch.bool)
+    given = {"in sequence": (None, {"mask": nobody}), "cross_gram": (torch.randn(0, 2, 8), {"input_mask": nobody})}
+    for routing, (y, more) in zip(("mul", "cross_gram"), given.values(), strict=True):
+        for backend in ("reference", "cpu"):
+            out = functional.routed_lora(x, A, y, B, routing=routing, scaling=1.0, backend=backend, **more)
+            assert out.shape == (0, 5, 6)
