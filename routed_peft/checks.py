@@ -64,6 +64,9 @@ def check_call(
     ) = asked  # fmt: skip
     x, A, B, condition, C, W, bias, b_down, b_C, base = tensors
     mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed = others
+    check_tensors(name, A=A, B=B, condition=condition, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
+                  condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
+                  condition_cu_seqlens=condition_cu_seqlens, seed=seed)  # fmt: skip
     assert x is not None and A is not None and B is not None
     check_routing(routing, scale, backend)
     one_of("activation", activation, ACTIVATIONS)
@@ -221,6 +224,13 @@ def check_routing(routing: str, scale: str, backend: str) -> None:
     one_of("condition_scale", scale, SCALES)
     if backend != "auto":
         one_of("backend", backend, ("auto", *ops.BACKENDS, "reference"))
+
+
+def check_tensors(name: str, **tensors: object) -> None:
+    """Every one of the named arguments is a tensor, or absent."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
 
 
 def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .errors import AdapterFileError, UnsupportedError
 from .modules import MISSING
-from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
+from .routes import ACTIVATIONS, ROUTES, SCALES, number, one_of, positive, probability, resolve_pool
 
 FORMAT_VERSION = 1
 ALL_LINEAR = "all-linear"
@@ -69,10 +69,10 @@ class RoutedConfig:
         self.modules_to_save = (
             [] if self.modules_to_save is None else list(_names("modules_to_save", self.modules_to_save))
         )
-        _positive("r", self.r)
+        positive("r", self.r)
         one_of("routing", self.routing, ROUTES)
         if self.condition_features is not None:
-            _positive("condition_features", self.condition_features)
+            positive("condition_features", self.condition_features)
         resolve_pool(self.routing, self.condition_pool)
         one_of("condition_scale", self.condition_scale, SCALES)
         one_of("missing", self.missing, MISSING)
@@ -83,7 +83,7 @@ class RoutedConfig:
             )
         one_of("init", self.init, ("kaiming", "gaussian"))
         for pattern, r in _patterns("rank_pattern", self.rank_pattern).items():
-            _positive(f"rank_pattern[{pattern!r}]", r)
+            positive(f"rank_pattern[{pattern!r}]", r)
         if self.tap is not None and not (isinstance(self.tap, str) and self.tap):
             raise ValueError(f"tap must be None, 'auto' or the path of a module, got {self.tap!r}")
         if self.format_version != FORMAT_VERSION:
@@ -157,9 +157,10 @@ class RoutedLoRAConfig(RoutedConfig):
         one_of("condition_source", self.condition_source, ("external", "in_sequence"))
         if self.condition_source == "in_sequence" and self.condition_features is not None:
             raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
-        _probability("lora_dropout", self.lora_dropout)
+        number("lora_alpha", self.lora_alpha)
+        probability("lora_dropout", self.lora_dropout)
         if self.condition_dropout is not None:
-            _probability("condition_dropout", self.condition_dropout)
+            probability("condition_dropout", self.condition_dropout)
         if self.out_slices is not None:
             self.out_slices = [(int(start), int(stop)) for start, stop in self.out_slices]  # JSON has lists for pairs
         _patterns("alpha_pattern", self.alpha_pattern)
@@ -204,7 +205,7 @@ class RoutedAdapterConfig(RoutedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("activation", self.activation, ACTIVATIONS)
-        _probability("dropout", self.dropout)
+        probability("dropout", self.dropout)
         one_of("placement", self.placement, ("sequential", "parallel"))
 
     def layer_options(self, name: str) -> dict[str, Any]:
@@ -242,8 +243,7 @@ def _patterns(argument: str, patterns: Any) -> Mapping[str, Any]:
         raise ValueError(f"{argument} must be a dict from regular expressions to numbers, got {patterns!r}")
     for pattern, value in patterns.items():
         _check_regex(argument, pattern)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{argument}[{pattern!r}] must be a number, got {value!r}")
+        number(f"{argument}[{pattern!r}]", value)
     return patterns
 
 
@@ -252,13 +252,3 @@ def _check_regex(argument: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{argument}: {pattern!r} is not a regular expression ({error})") from None
-
-
-def _positive(argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
-
-
-def _probability(argument: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{argument} must lie in [0, 1], got {value!r}")

@@ -62,9 +62,6 @@ class Held(NamedTuple):
         return not self.explicit and self.value is not None and not self.value.is_empty()
 
 
-_NOTHING = Held()
-
-
 def running_backward() -> int:
     """Which backward pass is running in this thread, -1 for none; what is being traced is a forward."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
@@ -96,7 +93,10 @@ class Slot:
 
     def held(self) -> Held:
         """What this thread's slot holds."""
-        return getattr(self._local, "held", _NOTHING)
+        # Never an object that lies elsewhere too: torch.compile would take the two places for one, and ask in later
+        # calls what the other one holds.
+        found: Held | None = getattr(self._local, "held", None)
+        return Held() if found is None else found
 
     def value(self) -> Delivered | None:
         """The condition that this thread's slot holds."""
@@ -114,28 +114,30 @@ class Slot:
     def holding(self, value: Delivered | None) -> Iterator[None]:
         """Hold ``value``; afterwards, also after an exception, what was held before."""
         local = self._local
-        before = self.held(), getattr(local, "base", _NOTHING)
-        mine = local.held = local.base = Held(value, running_backward(), explicit=value is not None)
+        before = self.held(), self.base()
+        mine = local.base = Held(value, running_backward(), explicit=value is not None)
+        local.held = Held(*mine)
         try:
             yield
         finally:
             if local.base is not mine:  # a generator or task that was left between another one's beginning and end
-                local.held = local.base = _NOTHING
+                local.held, local.base = Held(), Held()
                 raise RoutedPeftError("conditions were left in another order than they were entered")
             local.held, local.base = before
 
     def base(self) -> Held:
         """What the innermost ``holding`` holds."""
-        return getattr(self._local, "base", _NOTHING)
+        found: Held | None = getattr(self._local, "base", None)
+        return Held() if found is None else found
 
     def enter(self) -> None:
         """Until ``leave`` what is held may change, and comes back then; calls nest."""
         local = self._local
-        local.frames = (self.held(), getattr(local, "frames", None))
+        local.frames = (Held(*self.held()), getattr(local, "frames", None))
 
     def hold(self, held: Held) -> None:
         """Hold ``held`` for the rest of the call that was entered last."""
-        self._local.held = held
+        self._local.held = Held(*held)
 
     def fill(self, value: Delivered) -> None:
         """``hold`` a tapped ``value``."""
@@ -175,6 +177,15 @@ class Slot:
     @arrival.setter
     def arrival(self, found: Tensor | None) -> None:
         self._local.arrival = found
+
+    @property
+    def shown(self) -> Tensor | None:
+        """Which rows of the running call have an image in them, bool [batch], where a tap could tell."""
+        return getattr(self._local, "shown", None)
+
+    @shown.setter
+    def shown(self, rows: Tensor | None) -> None:
+        self._local.shown = rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot()  # deepcopy's memo makes the copied layers share it

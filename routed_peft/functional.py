@@ -27,6 +27,7 @@ from .checks import (
     check_devices,
     check_mask,
     check_routing,
+    check_tensors,
     check_vector,
     ready,
 )
@@ -232,6 +233,9 @@ def encode_condition(
     check_routing(routing, scale, backend)
     if routing == "none":
         raise ValueError(f"{name}: routing 'none' has no condition to encode")
+    check_tensors(name, condition=y, C=C, b_C=b_C, condition_mask=mask)
+    if y is None:
+        raise TypeError(f"{name}: condition must be a Tensor, got None")
     pool = resolve_pool(routing, pool)
     y = check_condition(name, y, C, None, shared=False)
     check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)
@@ -309,6 +313,8 @@ def apply(
     as it is written, in one pass. It is only read, for others may hold it too. With ``own_state`` a state has to be
     made of the very matrix, and bias, that would project the condition.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: the input must be a Tensor, got {type(x).__name__}")
     p = float(dropout_p)
     condition_p = p if condition_dropout_p is None else float(condition_dropout_p)
     dtype = compute_dtype(x)
@@ -330,7 +336,10 @@ def apply(
     if alone and cu_seqlens is None and condition_cu_seqlens is None:
         parts = tensors if bare else (*tensors, mask, index, input_mask, seed)
         gradients = torch.is_grad_enabled()
-        like = (dtype, asked, gradients, *[t if t is None else (t.shape, t.dtype, t.device) for t in parts])
+        try:
+            like = (dtype, asked, gradients, *[t if t is None else (t.shape, t.dtype, t.device) for t in parts])
+        except AttributeError:  # of no tensor, which is to be refused
+            like = None
     try:
         found = None if like is None else _found.get(like)
     except TypeError:  # an argument that is to be refused, or a fake tensor's symbolic size outside its mode
@@ -340,7 +349,7 @@ def apply(
         width, slices = A.shape[0] // options.groups, max(len(options.slices) // 2, 1)
         where = ops.resolve_backend(backend, routing, width, slices, dtype, x.device)
         beams = options.source in ("tokens", "state") and options.samples != condition.shape[0]
-        lacks = (b_down, mask, input_mask, cu_seqlens, condition_cu_seqlens)  # what `infer` has no place for
+        lacks: Others = (b_down, mask, input_mask, cu_seqlens, condition_cu_seqlens)  # what `infer` has no place for
         lacks += (C, b_C) if options.source == "tokens" else ()
         short = not p and not options.condition_dropout and all(t is None for t in lacks)
         short = short and where != "reference" and options.groups <= _MOST_GROUPS

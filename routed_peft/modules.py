@@ -15,7 +15,7 @@ from .base_layers import dense, hooked, is_conv1d, linear_features, may_read_wei
 from .delivery import Delivered, Slot
 from .errors import ConditionShapeError, MissingConditionError, UnsupportedError
 from .reference import Options
-from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
+from .routes import ACTIVATIONS, ROUTES, SCALES, number, one_of, positive, probability, resolve_pool
 from .state import ConditionState
 
 MISSING = ("error", "base", "lora")
@@ -28,8 +28,7 @@ class RoutedLayer(nn.Module):
         self, r: int, routing: str, condition_pool: str, condition_scale: str, missing: str, backend: str
     ) -> None:
         super().__init__()
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"r must be a positive integer, got {r!r}")
+        positive("r", r)
         self.r = r
         self.routing = one_of("routing", routing, ROUTES)
         self.condition_pool = condition_pool
@@ -196,9 +195,14 @@ class LowRankUpdate(RoutedLayer):
         self.condition_source = one_of("condition_source", condition_source, ("external", "in_sequence"))
         if condition_source == "in_sequence" and condition_features is not None:
             raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
-        for argument, p in (("lora_dropout", lora_dropout), ("condition_dropout", condition_dropout)):
-            if p is not None and not 0 <= p <= 1:
-                raise ValueError(f"{argument} must lie in [0, 1], got {p}")
+        if condition_features is not None:
+            positive("condition_features", condition_features)
+        number("lora_alpha", lora_alpha)
+        probability("lora_dropout", lora_dropout)
+        if condition_dropout is not None:
+            probability("condition_dropout", condition_dropout)
+        if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in out_slices or []):
+            raise ValueError(f"out_slices must be pairs (start, stop), got {out_slices!r}")
         self.in_features, self.out_features = linear_features(base_layer)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -565,8 +569,10 @@ class RoutedAdapter(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(r, routing, condition_pool, condition_scale, missing, backend)
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        positive("d_model", d_model)
+        if condition_features is not None:
+            positive("condition_features", condition_features)
+        probability("dropout", dropout)
         self.d_model, self.residual, self.dropout = d_model, residual, dropout
         self.activation = one_of("activation", activation, ACTIVATIONS)
 

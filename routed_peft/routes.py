@@ -53,6 +53,24 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> str:
     return value
 
 
+def number(name: str, value: object) -> None:
+    """A ValueError that names the argument, unless ``value`` is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def positive(name: str, value: object) -> None:
+    """A ValueError that names the argument, unless ``value`` is an integer from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def probability(name: str, value: object) -> None:
+    """A ValueError that names the argument, unless ``value`` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+
+
 def resolve_pool(routing: str, pool: str) -> str:
     """The pooling that ``pool`` stands for under ``routing`` ("auto" depends on the route)."""
     if pool == "auto":

@@ -22,7 +22,7 @@ from .modules import RoutedAdapter, RoutedLayer, RoutedLoRA
 from .taps import Tap, find_tap
 from .targets import modules_to_save, output_width, select
 
-_OWN_GENERATE = {"blip-2"}  # models whose generate hands its arguments to their language model's
+_OWN_GENERATE = {"blip-2", "instructblip"}  # models whose generate hands its arguments to their language model's
 CONFIG_FILE, TENSOR_FILE = "routed_config.json", "routed_adapter.safetensors"
 
 
@@ -156,7 +156,8 @@ def attach(
         model: any module; "all-linear", cross_gram and taps look at a transformers model's config.
         config: RoutedLoRAConfig or RoutedAdapterConfig.
         tap: replaces ``config.tap``, unless None: "auto", or the path of the module whose output is the condition.
-            Modules that run before a tapped condition exists (a vision tower) are skipped.
+            With "auto", modules that run before the tapped condition exists (a vision tower) are skipped; beside a
+            path ``target_modules`` has to leave them out.
         join_conditions: project the condition for all layers in one product, which reads it once instead of once for
             each layer. The same within rounding, with gradients, checkpoints and generation. Layers join that agree in
             route, pooling, scale and rank and have no dropout on the condition; those that do not run in a call get

@@ -375,7 +375,8 @@ class DecoderTap(Tap):
 class OutputTap(Tap):
     """The output of a module, [B, M, d] or [B, d], for what runs after it in the same call of the model.
 
-    Calls with a key/value cache that bring none take that of the call which filled the cache.
+    Calls with a key/value cache that bring none take that of the call which filled the cache. A model that has tokens
+    for images shows which rows have any: where one has none, as many images as rows are not one for each.
     """
 
     def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
@@ -383,6 +384,10 @@ class OutputTap(Tap):
         self.names = list(inspect.signature(model.forward).parameters)
         can_generate: Any = getattr(model, "can_generate", None)
         self.generates = bool(can_generate is not None and can_generate())
+        config: Any = getattr(model, "config", None)
+        names = [f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index")]
+        found = (getattr(config, name, None) for name in names)
+        self.tokens = list(dict.fromkeys(token for token in found if isinstance(token, int)))
 
     @property
     def width(self) -> int | None:
@@ -411,8 +416,12 @@ class OutputTap(Tap):
     def before(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Deliver what came before the call, in a generate, else what the cache remembers."""
         found, self.slot.arrival = self.slot.arrival, None
-        cache = cache_in(self._call(args, kwargs))
-        self._recall(cache)
+        call = self._call(args, kwargs)
+        ids = call.get("input_ids")
+        self.slot.shown = None
+        if self.tokens and isinstance(ids, Tensor) and ids.dim() == 2:
+            self.slot.shown = torch.stack([ids == token for token in self.tokens]).any(0).any(1)
+        self._recall(cache_in(call))
         if found is not None:
             rows, batch = found.shape[0], _batch_of(args, kwargs)
             self._deliver(found, batch // rows if rows and batch % rows == 0 else 1)  # beams: rows in a row for each
@@ -444,6 +453,15 @@ class OutputTap(Tap):
             (self._refuse_late if held.value.recalled else self._refuse_second)()
         # An index names each row, so that k texts for each image raise: they are no beams, and need not lie in order.
         rows = torch.arange(y.shape[0], device=y.device).repeat_interleave(times)
+        shown = self.slot.shown
+        if shown is not None and shown.shape == rows.shape:
+            if shown.is_cpu and not torch.compiler.is_compiling() and not bool(shown.all()):
+                raise UnsupportedError(
+                    f"the module of the tap, '{self.path}', gave {y.shape[0]} outputs for {len(shown)} rows, and row "
+                    f"{int(shown.int().argmin())} has no image token: which output belongs to which row is unknown; "
+                    "pass routed_condition"
+                )
+            rows = torch.where(shown, rows, -1)  # which makes NaN of such a row, where to look would wait for a device
         states = States(owned=True) if self.generates and not torch.is_grad_enabled() else None
         self._fill(self._delivered(y, None, states)._replace(index=rows))
 
@@ -455,6 +473,7 @@ class OutputTap(Tap):
 
     def after(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """Let the cache remember, the given one or the one that the call made."""
+        self.slot.shown = None
         given = cache_in(self._call(args, kwargs))
         self._remember(cache_of(out) if given is None else given, args, kwargs)
 

@@ -122,6 +122,39 @@ def test_misuse(name):
         assert isinstance(caught.value, ConditionShapeError)
 
 
+@pytest.mark.parametrize("argument", ["x", "y", "a", "b", "c", "mask", "index", "cu_seqlens", "seed"])
+def test_what_is_no_tensor_is_named(argument):
+    called = {"x": "the input", "y": "condition", "a": "A", "b": "B", "c": "C", "mask": "condition_mask"}
+    name = called.get(argument, "condition_index" if argument == "index" else argument)
+    with pytest.raises(TypeError, match=f"^routed_lora: {name} must be a Tensor, got list$"):
+        lora(**{argument: [[1.0, 2.0]]})
+    if argument in ("y", "c", "mask"):
+        given = {"y": Y, "c": C, "mask": None} | {argument: [1.0]}
+        with pytest.raises(TypeError, match=f"^encode_condition: {name} must be a Tensor, got list$"):
+            functional.encode_condition(given["y"], given["c"], routing="mul", mask=given["mask"])
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (dict(r=True), "r must be a positive integer, got True"),
+        (dict(lora_alpha="16"), "lora_alpha must be a number, got '16'"),
+        (dict(lora_dropout=None), "lora_dropout must lie in [0, 1], got None"),
+        (dict(condition_dropout="0.1"), "condition_dropout must lie in [0, 1], got '0.1'"),
+        (dict(condition_features=0), "condition_features must be a positive integer, got 0"),
+        (dict(condition_features=2.5), "condition_features must be a positive integer, got 2.5"),
+        (dict(out_slices=[0, 4]), "out_slices must be pairs (start, stop), got [0, 4]"),
+    ],
+    ids=str,
+)
+def test_options_of_a_layer_are_named(options, text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        rp.RoutedLoRA.from_features(6, 10, **options)
+    if "lora_alpha" in options:
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            rp.RoutedLoRAConfig(target_modules="all-linear", **options)
+
+
 def test_overlapping_slices_are_refused_by_the_layer():
     with pytest.raises(ValueError, match="overlaps another slice"):
         rp.RoutedLoRA.from_features(6, 10, out_slices=[(0, 6), (4, 8)])

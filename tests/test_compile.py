@@ -72,6 +72,44 @@ def test_calls_with_a_cache_compile_without_a_break(compiled, make, tap, static,
     assert not torch.allclose(model(**step, past_key_values=plain).logits, want[1], atol=1e-4)
 
 
+@pytest.mark.parametrize("first", ["with", "without"])
+@pytest.mark.parametrize("how", ["keyword", "context"])
+@torch.no_grad()
+def test_a_compiled_call_has_the_condition_of_its_own(compiled, how, first):
+    """Whatever the calls before it had, eager or compiled."""
+    model = attached(llama, tap=None, missing="base")
+    batch, y = prompt(model), torch.randn(2, 4, DC)
+
+    def call(f, given):
+        if not given:
+            return output_of(f(**batch))
+        if how == "keyword":
+            return output_of(f(**batch, routed_condition=y))
+        with rp.condition(model, y):
+            return output_of(f(**batch))
+
+    wanted = {given: call(model, given) for given in (True, False)}  # leaves a slot that was used behind
+    assert not torch.allclose(wanted[True], wanted[False])
+    f = compiled(model)
+    for given in (True, False, True, True, False) if first == "with" else (False, True, False, False, True):
+        torch.testing.assert_close(call(f, given), wanted[given])
+
+
+def test_one_compiled_call_without_a_condition_leaves_the_next_ones_alone():
+    layer = wake(rp.RoutedLoRA.from_features(8, 6, r=4))
+    model = torch.nn.Sequential(layer)
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    with rp.condition(model, y):
+        wanted = model(x)
+    torch.compiler.reset()
+    f = torch.compile(model, backend="eager")
+    for _ in range(2):
+        with pytest.raises(rp.MissingConditionError):
+            f(x)
+        with rp.condition(model, y):
+            torch.testing.assert_close(f(x), wanted)
+
+
 @torch.no_grad()
 def test_compiled_in_sequence_steps_raise(compiled):
     """Their states are kept outside of graphs; in a graph the frozen layer would be silently wrong."""

@@ -208,6 +208,23 @@ def test_a_path_taps_any_module_s_output():
     assert not model.see._forward_hooks
 
 
+def test_as_many_images_as_samples_are_not_one_for_each():
+    """A path's outputs are of images, one after another: two of the first sample are not one of the second."""
+    model = llava()
+    config = rp.RoutedLoRAConfig(target_modules=r".*language_model.*q_proj", r=4)
+    rp.attach(model, config, tap="model.multi_modal_projector")
+    awaken(model)
+    assert model(**image_batch(model, (1, 1))).logits.isfinite().all()
+    for images, row in (((2, 0), 1), ((0, 2), 0)):
+        for grad in (True, False):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(rp.UnsupportedError, match=f"row {row} has no image token"),
+            ):
+                model(**image_batch(model, images))
+    assert model(**image_batch(model, (1, 1))).logits.isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------ the condition follows
 @pytest.mark.parametrize("make", [*ENTRY, blip2])
 @pytest.mark.parametrize("in_sequence", [False, True])

@@ -261,15 +261,15 @@ void kernels() {
   for (const int64_t stage : {11520, 18432, 27648, 46080}) {
     for (const int64_t shared : {99 << 10, 163 << 10, 227 << 10}) {
       for (const int64_t blocks : {1, 132, 133, 1000}) {
-        const int stages = plan::down_stages(blocks, 132, true, shared, stage);
+        const int stages = plan::ring_stages(blocks, 132, true, shared, stage);
         CHECK(stages >= 2 && stages <= 8 && stages * stage <= shared, "%d stages of %d bytes", stages, int(stage));
         CHECK(blocks <= 132 || shared / 2 / stage < 3 || 2 * stages * stage <= shared, "two blocks, %d stages", stages);
       }
     }
   }
-  CHECK(plan::down_stages(128, 132, true, 227 << 10, 18432) == 8 &&
-            plan::down_stages(256, 132, true, 227 << 10, 18432) == 6 &&
-            plan::down_stages(256, 132, false, 227 << 10, 27648) == 8,
+  CHECK(plan::ring_stages(128, 132, true, 227 << 10, 18432) == 8 &&
+            plan::ring_stages(256, 132, true, 227 << 10, 18432) == 6 &&
+            plan::ring_stages(256, 132, false, 227 << 10, 27648) == 8,
         "of H200");
 }
 
