@@ -73,7 +73,8 @@ def routed_lora(
         routing: a route's name (see README).
         scaling: the factor s.
         mask: bool or 0/1 integers [B, M], True where a condition token is valid.
-        index: int [B], which condition each sample of x uses.
+        index: int [B], which condition each sample of x uses. None: its own; and without gradients also where x has k
+            times as many samples, of which k in a row share one, as generate() lays out beams.
         input_mask: bool or 0/1 integers [B, N], True where an input token is valid; only cross_gram reads it.
         pool: "auto", "mean", "first" or "none".
         scale: "tokens" divides gram, gram_relu and ones by the number of valid condition tokens; "none" is the paper's.

@@ -81,10 +81,11 @@ class RoutedLayer(nn.Module):
                 return Delivered(None, slot.mask, None, slot.input_mask if input_mask is None else input_mask)
             return slot if input_mask is None else slot._replace(input_mask=input_mask)
         if self.missing == "error":
+            given, keyword = ("None, mask", "_mask=mask") if in_sequence else ("y", "=y")
             raise MissingConditionError(
-                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, y):', "
-                "pass 'routed_condition=y' to the model, or attach a tap; set missing='base' to fall back to the "
-                "frozen layer."
+                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, {given}):' "
+                f"or pass 'routed_condition{keyword}' to the model, or attach a tap (one that is there found nothing "
+                "in this call); set missing='base' to fall back to the frozen layer."
             )
         return None
 
@@ -487,7 +488,8 @@ class RoutedLoRA(LowRankUpdate):
             condition: y [B, M, d_c] or [B, d_c], or a state from :meth:`encode_condition`. None reads what
                 ``routed_peft.condition`` delivers.
             condition_mask: bool or 0/1 integers [B, M], True where valid; in-sequence [B, N], the positions of x.
-            condition_index: int [B], which condition each sample uses.
+            condition_index: int [B], which condition each sample uses. None: its own; and without gradients also where
+                x has k times as many samples, of which k in a row share one, as generate() lays out beams.
             input_mask: bool or 0/1 integers [B, N], True where valid; only cross_gram reads it.
             cu_seqlens: int [B + 1], row offsets of a flat x.
             condition_cu_seqlens: the same for a flat y [ΣM_i, d_c].

@@ -38,8 +38,8 @@ def _load() -> tuple[Any, str]:
         return importlib.import_module("._C", __package__), ""
     except ImportError as error:
         built = _built_with()
-        if built is None:
-            return None, f"the C++ extension was not built ({error})"
+        if built is None or isinstance(error, ModuleNotFoundError):
+            return None, f"the C++ extension was not built, or its file is gone ({error})"
         return None, (
             f"the C++ extension was built for torch {built.TORCH} with CUDA {built.CUDA}, and this is torch "
             f"{torch.__version__} with CUDA {torch.version.cuda}; reinstall routed_peft ({error})"

@@ -289,7 +289,11 @@ def _called_by_generate(model: nn.Module) -> list[nn.Module]:
 def _record(model: nn.Module) -> _Attached:
     record = model.__dict__.get("_routed_peft")
     if record is None:
-        raise RoutedPeftError(f"{type(model).__name__} has no attached adapter; call routed_peft.attach first")
+        inner: Any = getattr(model, "_orig_mod", None)
+        if inner is not None and "_routed_peft" in inner.__dict__:
+            raise RoutedPeftError(f"{type(model).__name__} is a compiled model; pass the one that was compiled")
+        own = "; a PeftModel has save_pretrained and from_pretrained" if hasattr(model, "peft_config") else ""
+        raise RoutedPeftError(f"{type(model).__name__} has no attached adapter; call routed_peft.attach first{own}")
     return record  # type: ignore[no-any-return]
 
 
