@@ -64,7 +64,7 @@ def cuda_archs(torch) -> str:
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     # Hopper's own instructions are those of 9.0a.
     present = [f"{major}.{minor}{'a' * (major == 9)}" for major, minor in sorted(gpus) if major >= 8]
-    return asked or ";".join(present) or "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+    return asked or ";".join(present) or "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
 
 
 def configure():

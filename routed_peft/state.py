@@ -27,7 +27,7 @@ class ConditionState:
         tensor: float32 (float64 for float64 inputs). v [B, R] for a pooled condition or one of a single token; for
             gram S = VᵀV and for gram_relu K = relu(V)ᵀV, [B, R, R] (with unmixed output slices [B, R, w]: the slices'
             w×w matrices below one another); V [B, M, R] where the route works token by token.
-        versions: the parameters it was made from, and their version counters.
+        versions: the parameters it was made from, which it keeps alive, and their version counters.
 
     A differentiable pytree: gradients flow through ``tensor``. It belongs to one layer and to the parameter values of
     the moment; using it after they changed raises :class:`StaleStateError`. What torch itself does not count as a

@@ -193,7 +193,7 @@ struct ProjectParams {
   bool y_aligned;
   const bool* mask;  // [conditions], or nullptr
   Matrix c;          // [R, cols]
-  bool c_aligned;    // and its columns are neighbours
+  bool c_aligned;    // rows, to 16 bytes
   Matrix bias;       // [1, R], or absent
   int64_t conditions, cols;
   unsigned tiles;   // of R
@@ -218,28 +218,32 @@ __global__ __launch_bounds__(kProjectThreads) void project_kernel(const ProjectP
     RP_UNROLL
     for (int k = 0; k < kProjectRows; ++k) {
       const int here = k0 + k < p.c.rows ? left : 0;
-      const T* at = c + (k0 + k) * p.c.row_stride + j0 * p.c.col_stride;
-      if (p.c.col_stride == 1) {
-        Lane::to_floats(Lane::load(at, here, p.c_aligned), weight[k]);
-      } else {
-        RP_UNROLL
-        for (int i = 0; i < Lane::kCount; ++i) weight[k][i] = i < here ? to_float(at[i * p.c.col_stride]) : 0.0f;
-      }
+      Lane::to_floats(Lane::load(c + (k0 + k) * p.c.row_stride + j0, here, p.c_aligned), weight[k]);
     }
     RP_UNROLL
     for (int n = 0; n < kProjectConditions; ++n) {
-      const int64_t condition = first + n < p.conditions ? first + n : p.conditions - 1;  // again, and not stored
+      const int64_t condition = first + n;
+      if (condition >= p.conditions) break;
       float y[Lane::kCount] = {};
       if (p.y != nullptr) {
         const bool use = p.mask == nullptr || p.mask[condition];
         const T* at = static_cast<const T*>(p.y) + condition * p.y_row_stride + j0;
         Lane::to_floats(Lane::load(at, use ? left : 0, p.y_aligned), y);
       } else {
-        for (int64_t split = 0; split < p.splits; ++split) {
-          float part[Lane::kCount];
-          load_floats(p.pooled + (split * p.conditions + condition) * p.cols + j0, left, p.pooled_aligned, part);
+        constexpr int kAhead = 2;  // splits whose loads are in flight together
+        for (int64_t split = 0; split < p.splits; split += kAhead) {
+          float part[kAhead][Lane::kCount];
           RP_UNROLL
-          for (int i = 0; i < Lane::kCount; ++i) y[i] += part[i];
+          for (int s = 0; s < kAhead; ++s) {
+            const int64_t at = split + s < p.splits ? split + s : p.splits - 1;  // the last again, and not added
+            load_floats(p.pooled + (at * p.conditions + condition) * p.cols + j0, left, p.pooled_aligned, part[s]);
+          }
+          RP_UNROLL
+          for (int s = 0; s < kAhead; ++s) {
+            if (split + s >= p.splits) break;
+            RP_UNROLL
+            for (int i = 0; i < Lane::kCount; ++i) y[i] += part[s][i];
+          }
         }
         if (p.pooled_y != nullptr && k0 == 0) {
           RP_UNROLL

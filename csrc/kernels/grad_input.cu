@@ -75,13 +75,12 @@ struct Tile {
   static constexpr int kABytes = kWidth * kXStride * static_cast<int>(sizeof(T));  // A's rows are like X's
   static constexpr int kWords = kCols / 32;                                        // of a row of the bitmap
   static constexpr int kBitBytes = kRows * kWords * 4;
-  static constexpr int kMostBytes = (in_pairs(kWidth) ? 80 : 99) << 10;
-  static constexpr int kFit = (kMostBytes - kABytes - kBitBytes - static_cast<int>(sizeof(Work))) / kStageBytes;
-  static constexpr int kStages = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
-  static constexpr int kBytes = kStages * kStageBytes + kABytes + kBitBytes + static_cast<int>(sizeof(Work));
-  static_assert(kBytes <= 99 << 10, "shared memory of the smaller devices");
   static constexpr int kProductStride = kCols + 1;  // of the product on its way out: banks, whichever way it is read
-  static_assert(kWidth * kProductStride * 4 <= kStages * kStageBytes + kABytes);
+  static constexpr int kProductBytes = kWidth * kProductStride * 4;                 // it lies over the stages and A
+  static constexpr int kLeast = kProductBytes > 2 * kStageBytes + kABytes ? 3 : 2;  // stages
+  static_assert(kProductBytes <= kLeast * kStageBytes + kABytes);
+  static constexpr int kBesideStages = kABytes + kBitBytes + static_cast<int>(sizeof(Work));
+  static_assert(kLeast * kStageBytes + kBesideStages <= 99 << 10, "shared memory of the smaller devices");
 
   // float32: a thread has 4 x 4 of dX, and kSplit neighbouring lanes share the sum over the width; a warp's threads lie
   // kRowGroups by kColumnGroups.
@@ -94,6 +93,7 @@ struct Tile {
 };
 
 struct KernelParams : GradInputParams {
+  int stages;            // of the ring, Tile::kLeast to 8
   int slices[kMaxJobs];  // of the columns, those with nothing to do not counted
   float keep_scale[kMaxJobs];
 };
@@ -144,11 +144,13 @@ RP_DEVICE void load_rows(E* to, const E* from, int64_t stride, int64_t rows, int
     if (column >= columns) return;
     const E* next = from + first * stride + column;
     to += first * kStride + column;
+    bool valid[(kRows + kRowsAtOnce - 1) / kRowsAtOnce];  // of the mask, whose bytes are on their way together
+    RP_UNROLL
+    for (int i = 0; i < kRows; i += kRowsAtOnce) valid[i / kRowsAtOnce] = there(first + i);
     RP_UNROLL
     for (int i = 0; i < kRows; i += kRowsAtOnce) {
       if (kRows % kRowsAtOnce != 0 && first + i >= kRows) break;
-      const bool valid = there(first + i);
-      cp_async_16(to + i * kStride, valid ? next : from, valid);
+      cp_async_16(to + i * kStride, valid[i / kRowsAtOnce] ? next : from, valid[i / kRowsAtOnce]);
       next += kRowsAtOnce * stride;
     }
   } else {
@@ -714,8 +716,8 @@ __global__ __launch_bounds__(kThreads, in_pairs(kWidth) ? 2 : 1) void grad_input
   using Shape = Tile<T, kWidth>;
   using Z = typename Shape::Z;
   RP_DYNAMIC_SMEM(shared);
-  T* const a = reinterpret_cast<T*>(shared + Shape::kStages * Shape::kStageBytes);
-  uint32_t* const bits = reinterpret_cast<uint32_t*>(shared + Shape::kStages * Shape::kStageBytes + Shape::kABytes);
+  T* const a = reinterpret_cast<T*>(shared + p.stages * Shape::kStageBytes);
+  uint32_t* const bits = reinterpret_cast<uint32_t*>(shared + p.stages * Shape::kStageBytes + Shape::kABytes);
   Work& work = *reinterpret_cast<Work*>(bits + Shape::kBitBytes / 4);
   if (threadIdx.x == 0) work = work_of<T, Shape>(p);
   __syncthreads();
@@ -723,11 +725,14 @@ __global__ __launch_bounds__(kThreads, in_pairs(kWidth) ? 2 : 1) void grad_input
   const Place& place = work.place;
   const int steps = work.steps;
 
-  const auto stage = [&](int step) { return shared + step % Shape::kStages * Shape::kStageBytes; };
+  unsigned char* const last_stage = shared + (p.stages - 1) * Shape::kStageBytes;
+  const auto behind = [&](unsigned char* stage) { return stage == last_stage ? shared : stage + Shape::kStageBytes; };
+  unsigned char *filling = shared, *stage = shared;
   const auto load = [&](int step) {
     const int64_t row = work.begin + int64_t{step} * Shape::kRows;
     const bool* mask = job.row_mask != nullptr ? job.row_mask + row : nullptr;
-    unsigned char* const to = stage(step);
+    unsigned char* const to = filling;
+    filling = behind(filling);
     if (work.x) {
       load_rows<Shape::kRows, Shape::kCols, Shape::kXStride>(
           reinterpret_cast<T*>(to), static_cast<const T*>(job.x.data) + row * job.x.row_stride + place.column,
@@ -746,18 +751,19 @@ __global__ __launch_bounds__(kThreads, in_pairs(kWidth) ? 2 : 1) void grad_input
   float x_sum = 0.f, l_sum = 0.f;
   if (work.dx && steps > 0) load_a<T, Shape>(a, job.a, place.column, job.width, place.columns);
   RP_NO_UNROLL
-  for (int step = 0; step < Shape::kStages - 1; ++step) {
+  for (int step = 0; step < p.stages - 1; ++step) {
     if (step < steps) load(step);
     cp_async_commit();
   }
   RP_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
-    cp_async_wait<Shape::kStages - 2>();
+    cp_async_wait_for(p.stages - 2);
     __syncthreads();  // this stage is there for everyone, and everyone is done with the one before, refilled next
-    if (step + Shape::kStages - 1 < steps) load(step + Shape::kStages - 1);
+    if (step + p.stages - 1 < steps) load(step + p.stages - 1);
     cp_async_commit();
-    T* const x = reinterpret_cast<T*>(stage(step));
-    const Z* const l = reinterpret_cast<const Z*>(stage(step) + Shape::kXBytes);
+    T* const x = reinterpret_cast<T*>(stage);
+    const Z* const l = reinterpret_cast<const Z*>(stage + Shape::kXBytes);
+    stage = behind(stage);
     const int64_t row = work.begin + int64_t{step} * Shape::kRows, left = work.end - row;
     const int rows = left < Shape::kRows ? static_cast<int>(left) : Shape::kRows;
     uint4 ahead[Gradient::kChunks];
@@ -818,7 +824,7 @@ int64_t grad_input_splits(Dtype dtype, int padded_width, int64_t rows, int64_t c
 }
 
 cudaError_t grad_input(const GradInputParams& params, cudaStream_t stream) {
-  KernelParams p{params, {}, {}};
+  KernelParams p{params, 0, {}, {}};
   int64_t blocks = 0;
   for (int i = 0; i < p.job_count; ++i) {
     GradInputJob& job = p.jobs[i];
@@ -836,8 +842,12 @@ cudaError_t grad_input(const GradInputParams& params, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   return dispatch_float(p.dtype, [&]<class T>() {
     return dispatch_width(p.padded_width, [&]<int kWidth>() {
-      return launch<grad_input_kernel<T, kWidth>>(dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                                                  Tile<T, kWidth>::kBytes, stream, p);
+      using Shape = Tile<T, kWidth>;
+      p.stages = std::max(Shape::kLeast, plan::ring_stages(blocks, p.processors, in_pairs(kWidth), p.shared_bytes,
+                                                           Shape::kStageBytes, Shape::kBesideStages));
+      const size_t shared = static_cast<size_t>(p.stages) * Shape::kStageBytes + Shape::kBesideStages;
+      return launch<grad_input_kernel<T, kWidth>>(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream,
+                                                  p);
     });
   });
 }

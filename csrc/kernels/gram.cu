@@ -3,7 +3,9 @@
 // A block makes 64 x 64 of one group's K from a part of the sample's rows, 32 rows at a time through shared memory;
 // each of its four warps has 16 of the 64. The parts are summed in order by a second kernel, which a state of few
 // tokens does without. K is float32 and stays it to about 1e-6: on the tensor cores each factor is split into two TF32
-// numbers, and three of the four products are taken. K is small beside the product that made V, so this costs little.
+// numbers, and three of the four products are taken; and since these cut their sums off where others round, a sum of 32
+// rows is added to the last ones by the ordinary units. K is small beside the product that made V, so this costs
+// little.
 #include "kernels/device/product.cuh"
 #include "kernels/device/rows.cuh"
 #include "kernels/dispatch.h"
@@ -84,6 +86,7 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(const GramParams p) {
       }
     }
     __syncthreads();
+    float sum[kTile / 8][4] = {};
     if constexpr (kTensor) {
       RP_UNROLL
       for (int k = 0; k < kRows; k += 8) {
@@ -99,13 +102,12 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(const GramParams p) {
           uint32_t b_high[2], b_low[2];
           split_tf32(b[0], b_high[0], b_low[0]);
           split_tf32(b[4 * kStride], b_high[1], b_low[1]);
-          mma_tf32_16x8x8(acc[j], low, b_high[0], b_high[1]);
-          mma_tf32_16x8x8(acc[j], high, b_low[0], b_low[1]);
-          mma_tf32_16x8x8(acc[j], high, b_high[0], b_high[1]);
+          mma_tf32_16x8x8(sum[j], low, b_high[0], b_high[1]);
+          mma_tf32_16x8x8(sum[j], high, b_low[0], b_low[1]);
+          mma_tf32_16x8x8(sum[j], high, b_high[0], b_high[1]);
         }
       }
     } else {
-      float sum[kTile / 8][4] = {};
       for (int k = 0; k < kRows; ++k) {
         const float a0 = left[k * kStride + warp * 16 + at.g], a1 = left[k * kStride + warp * 16 + at.g + 8];
         RP_UNROLL
@@ -117,11 +119,11 @@ __global__ __launch_bounds__(kThreads) void gram_kernel(const GramParams p) {
           sum[j][3] += a1 * b.y;
         }
       }
+    }
+    RP_UNROLL
+    for (int j = 0; j < kTile / 8; ++j) {
       RP_UNROLL
-      for (int j = 0; j < kTile / 8; ++j) {
-        RP_UNROLL
-        for (int e = 0; e < 4; ++e) acc[j][e] += sum[j][e];
-      }
+      for (int e = 0; e < 4; ++e) acc[j][e] += sum[j][e];
     }
   }
 

@@ -28,7 +28,7 @@ cudaError_t pack(const PackParams& params, cudaStream_t stream);
 
 // ---- condition.cu: rows of y -> one row a condition
 // v [conditions, R], float32: the projection of the pooled y, which goes to pooled_y [conditions, d_c], float32, unless
-// nullptr. c is of dtype p.dtype; biases may be of any.
+// nullptr. c is of dtype p.dtype, with neighbouring columns; biases may be of any dtype and stride.
 int64_t encode_vector_scratch(const Problem& p);  // bytes
 cudaError_t encode_vector(const Problem& p, float* v, float* pooled_y, void* scratch, cudaStream_t stream);
 
@@ -300,6 +300,8 @@ constexpr int kMaxJobs = 3;
 struct GradInputParams {
   Dtype dtype = Dtype::kFloat32;
   int padded_width = 0;  // of the widest job
+  // Of the device, for how far the loads run ahead: its processors, and what a block may have of shared memory.
+  int64_t processors = 1, shared_bytes = 99 << 10;
   int job_count = 0;
   GradInputJob jobs[kMaxJobs];
   // Of all jobs. z_column is the first column of l; where b_row < 0 only column sums are wanted.

@@ -183,11 +183,12 @@ constexpr int64_t gram_splits(int64_t samples, int64_t groups, int64_t group_wid
   return std::clamp<int64_t>(kWantedBlocks / blocks, 1, std::clamp<int64_t>(rows / samples / 64, 1, 16));
 }
 
-// Stages of down_route's ring: as many as fit, so that loads run far ahead, into half of a processor's shared memory
-// where two blocks will share it. `pairs`: a processor has registers for two.
-constexpr int down_stages(int64_t blocks, int64_t processors, bool pairs, int64_t shared_bytes, int64_t stage_bytes) {
-  const int64_t half = shared_bytes / 2 / stage_bytes;
-  const int64_t stages = pairs && blocks > processors && half >= 3 ? half : shared_bytes / stage_bytes;
+// Stages of a ring in shared memory: as many as fit beside what else a block has there, so that loads run far ahead,
+// into half of a processor's where two blocks will share it. `pairs`: a processor has registers for two.
+constexpr int ring_stages(int64_t blocks, int64_t processors, bool pairs, int64_t shared_bytes, int64_t stage_bytes,
+                          int64_t beside = 0) {
+  const int64_t half = (shared_bytes / 2 - beside) / stage_bytes;
+  const int64_t stages = pairs && blocks > processors && half >= 3 ? half : (shared_bytes - beside) / stage_bytes;
   return static_cast<int>(std::clamp<int64_t>(stages, 2, 8));
 }
 

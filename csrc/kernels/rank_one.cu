@@ -114,10 +114,16 @@ __global__ __launch_bounds__(kDirectionThreads, 4) void directions_kernel(const 
     }
     __syncthreads();
     float sum[kDirectionConditions] = {};
+    float w[kRun], next[kRun];
+    const auto load = [&](int k) {
+      load_strided(weight, dtype, at + (k0 + k) * k_stride, k_stride, 0, here - k, vectors, next);
+    };
+    load(0);
     RP_NO_UNROLL
     for (int k = 0; k < here; k += kRun) {
-      float w[kRun];
-      load_strided(weight, dtype, at + (k0 + k) * k_stride, k_stride, 0, here - k, vectors, w);
+      RP_UNROLL
+      for (int i = 0; i < kRun; ++i) w[i] = next[i];
+      if (k + kRun < here) load(k + kRun);  // on its way while this one is multiplied
       RP_UNROLL
       for (int i = 0; i < kRun; ++i) {
         RP_UNROLL

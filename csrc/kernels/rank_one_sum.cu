@@ -91,18 +91,29 @@ RP_DEVICE void sum_chunks(const SumParams& p, int begin, int end, int way, int w
     }
     const int all = __shfl_sync(~0u, behind, 31), offset = mine.first - (behind - mine.count);
     for (int i0 = way * kSumAhead; i0 < all; i0 += ways * kSumAhead) {
-      Elements<float, 4> loaded[kSumAhead];
+      const float* part[kSumAhead];
       RP_UNROLL
       for (int i = 0; i < kSumAhead; ++i) {
         const int owner = __popc(__ballot_sync(~0u, behind <= i0 + i));
-        const int64_t number = i0 + i + __shfl_sync(~0u, offset, owner % 32);
-        loaded[i] = Elements<float, 4>{};
-        if (there && i0 + i < all) loaded[i] = load_vector<4>(from + number * p.parts.stride);
+        part[i] = from + (i0 + i + __shfl_sync(~0u, offset, owner % 32)) * p.parts.stride;
       }
-      RP_UNROLL
-      for (int i = 0; i < kSumAhead; ++i) {
+      if (there && i0 + kSumAhead <= all) {  // the lanes' own loads, all on their way at once
+        uint4 loaded[kSumAhead];
         RP_UNROLL
-        for (int k = 0; k < 4; ++k) sum[k] += loaded[i].e[k];
+        for (int i = 0; i < kSumAhead; ++i) loaded[i] = load_16(part[i]);
+        RP_UNROLL
+        for (int i = 0; i < kSumAhead; ++i) {
+          sum[0] += __uint_as_float(loaded[i].x), sum[1] += __uint_as_float(loaded[i].y);
+          sum[2] += __uint_as_float(loaded[i].z), sum[3] += __uint_as_float(loaded[i].w);
+        }
+      } else if (there) {
+        RP_UNROLL
+        for (int i = 0; i < kSumAhead; ++i) {
+          if (i0 + i >= all) break;
+          const Elements<float, 4> one = load_vector<4>(part[i]);
+          RP_UNROLL
+          for (int k = 0; k < 4; ++k) sum[k] += one.e[k];
+        }
       }
       chain += kSumAhead;
       if (chain < kChain) continue;

@@ -32,7 +32,7 @@ DownRouteParams down_params(const Host& host, const Problem& p, const Matrix& x,
   d.drop = drop;
   d.split_depth = plan::round_up(x.cols, 64);
   const Device device = host.device();
-  d.stages = plan::down_stages(plan::round_up(x.rows, 64) / 64, device.processors,
+  d.stages = plan::ring_stages(plan::round_up(x.rows, 64) / 64, device.processors,
                                down_in_pairs(p.dtype == Dtype::kFloat32, d.padded_width), device.shared_bytes,
                                down_stage_bytes(d.padded_width));
   d.route.rows = x.rows;

@@ -105,8 +105,8 @@ class Sweep {
   // The parts of dB [selected o, rank] and of dbias [1, o].
   void output(const Matrix& dout, const Matrix& z, bool db, bool dbias, Sums& b, Sums& bias) {
     if (dout.rows == 0 || (!db && !dbias)) return;
-    const int64_t size = p_.b.rows * p_.b.cols;
-    b.splits = bias.splits = grad_input_splits(p_.dtype, widest_, dout.rows, dout.cols);
+    const int64_t size = p_.b.rows * p_.b.cols, columns = dbias ? dout.cols : p_.b.rows;  // with something to do
+    b.splits = bias.splits = grad_input_splits(p_.dtype, widest_, dout.rows, columns);
     if (db) b.product = scratch<float>(host_, b.splits * size);
     if (dbias) bias.product = scratch<float>(host_, bias.splits * dout.cols);
     for (size_t i = 0; i < chunks_.size(); ++i) {
@@ -145,6 +145,8 @@ class Sweep {
       launches_.emplace_back();
       launches_.back().dtype = p_.dtype;
       launches_.back().padded_width = widest_;
+      launches_.back().processors = host_.device().processors;
+      launches_.back().shared_bytes = host_.device().shared_bytes;
       segments_of_.push_back(0);
     }
     return launches_[chunk];
@@ -212,7 +214,7 @@ cudaError_t make_grad_output(const Host& host, const Problem& p, const Backward&
   o.split_depth = plan::grad_output_split_depth(p.x.rows, units);
   o.splits = static_cast<int>(std::max<int64_t>((units + o.split_depth - 1) / o.split_depth, 1));
   const Device device = host.device();
-  o.stages = plan::down_stages(plan::round_up(p.x.rows, 64) / 64, device.processors,
+  o.stages = plan::ring_stages(plan::round_up(p.x.rows, 64) / 64, device.processors,
                                down_in_pairs(p.dtype == Dtype::kFloat32, o.padded_width), device.shared_bytes,
                                grad_output_stage_bytes(element_size(p.dtype), o.padded_width));
   if (o.splits > 1 || o.padded_width > kMaxFusedWidth) {
@@ -307,6 +309,9 @@ cudaError_t matrix_gradient(const Host& host, const Problem& p, const Backward& 
   return gram_grad(gradient, host.stream());
 }
 
+// Whether a sample's rows are worth it to be summed in parts, which another launch adds.
+bool long_samples(const Problem& p) { return p.inputs.rows > 512 * p.inputs.count; }
+
 // The condition as the forward had it, and what cross_gram sums over each sample.
 cudaError_t condition_again(const Host& host, const Problem& p, const Backward& io, Condition& c) {
   if (p.routing == Routing::kNone) return cudaSuccess;
@@ -319,8 +324,8 @@ cudaError_t condition_again(const Host& host, const Problem& p, const Backward& 
   if (p.routing != Routing::kCrossGram) return cudaSuccess;
   if (p.kind == StateKind::kVector) {
     float* sums = scratch<float>(host, p.inputs.count * p.width);
-    const PoolParams sum{io.t, p.inputs, p.input_mask, Pool::kNone, false, sums, true};
-    RP_TRY(pool(sum, nullptr, host.stream()));
+    const PoolParams sum{io.t, p.inputs, p.input_mask, Pool::kNone, false, sums, !long_samples(p)};
+    RP_TRY(pool(sum, host.scratch(pool_scratch(sum)), host.stream()));
     c.sums = sums;
     return cudaSuccess;
   }
@@ -330,7 +335,7 @@ cudaError_t condition_again(const Host& host, const Problem& p, const Backward& 
   g.index = p.index;
   float* k = scratch<float>(host, p.inputs.count * p.width * p.group_width());
   g.out = k;
-  RP_TRY(make_gram(host, p, g, 1));
+  RP_TRY(make_gram(host, p, g, long_samples(p) ? 0 : 1));
   c.state = k;
   c.stride = p.width * p.group_width();
   return cudaSuccess;
@@ -396,7 +401,7 @@ cudaError_t route_gradient(const Host& host, const Problem& p, const Backward& i
     } else {
       GramParams d = input_gram(p, io, rows.g);
       d.out = second_sums;
-      RP_TRY(make_gram(host, p, d, 1));
+      RP_TRY(make_gram(host, p, d, long_samples(p) ? 0 : 1));
     }
     RP_TRY(step(false, true));
   }
@@ -504,7 +509,12 @@ cudaError_t backward(const Host& host, const Problem& problem, const Backward& i
     RP_TRY(rank_one_backward(host, p, io));
   } else {
     const Wanted want(p, io);
-    if (want.dt || want.dstate) RP_TRY(pack_parameters(host, p, {&p.b}, p.slice_count == 1));
+    Matrix none;
+    const bool own_c = p.source == Source::kTokens && !p.shared;
+    RP_TRY(pack_parameters(host, p,
+                           {want.dt || want.dstate ? &p.b : &none, io.dx ? &p.a : &none, own_c && io.dy ? &p.c : &none},
+                           p.slice_count == 1));
+    if (p.shared && p.a) p.c = p.a;
     RP_TRY(low_rank(host, p, io));
   }
   if (io.dx && p.weight && p.x.rows > 0) host.base_gemm(io.dx, io.dout, p.weight, true);

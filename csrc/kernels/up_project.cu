@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "kernels/device/route.cuh"
+#include "kernels/device/strided.cuh"
 #include "kernels/dispatch.h"
 #include "kernels/launch.h"
 
@@ -101,23 +102,57 @@ RP_DEVICE void multiply(float (&acc)[kBlockColumns / 8][4], const ZType<T>* z, i
   }
 }
 
-// Elements [column, column + 16 / sizeof(T)) of a row, for each of the three things that a row of the output is added
-// to.
+// What some rows of the output are added to, the residual or the base: 16 bytes of each, as loaded.
+template <int kRows>
+struct Added {
+  uint4 bits[kRows];
+};
+
+// The rows `step` apart from the row on, all on their way at once. Behind the last row it is loaded again.
+template <class T, int kRows>
+RP_DEVICE void load_rows(Added<kRows>& to, const Matrix& m, int64_t row, int step, int64_t rows, int64_t column) {
+  if (m.data == nullptr) return;
+  RP_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t at = row + i * step < rows ? row + i * step : rows - 1;
+    to.bits[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(m.data) + at * m.row_stride + column);
+  }
+}
+
 template <class T, int kCount>
-RP_DEVICE void add_row(float (&sum)[kCount], const Matrix& m, int64_t row, int64_t column, int count, bool by_16) {
+RP_DEVICE void add_bits(float (&sum)[kCount], const Matrix& m, const uint4& bits) {
+  if (m.data == nullptr) return;
+  T values[kCount];
+  memcpy(values, &bits, sizeof values);
+  RP_UNROLL
+  for (int i = 0; i < kCount; ++i) sum[i] += to_float(values[i]);
+}
+
+template <class T, int kCount>
+RP_DEVICE void add_elements(float (&sum)[kCount], const Matrix& m, int64_t row, int64_t column, int count) {
   if (m.data == nullptr) return;
   const T* from = static_cast<const T*>(m.data) + row * m.row_stride + column * m.col_stride;
-  if (by_16) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    T values[kCount];
-    memcpy(values, &bits, sizeof values);
-    RP_UNROLL
-    for (int i = 0; i < kCount; ++i) sum[i] += to_float(values[i]);
+  RP_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    if (i < count) sum[i] += to_float(from[i * m.col_stride]);
+  }
+}
+
+// kCount neighbours from shared memory, four by four. Of eight, every other four lanes take the last four first: all
+// would meet in half of the banks.
+template <int kCount>
+RP_DEVICE void load_products(const float* from, float (&sum)[kCount]) {
+  if constexpr (kCount == 4) {
+    const float4 run = *reinterpret_cast<const float4*>(from);
+    sum[0] = run.x, sum[1] = run.y, sum[2] = run.z, sum[3] = run.w;
   } else {
-    RP_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      if (i < count) sum[i] += to_float(from[i * m.col_stride]);
-    }
+    static_assert(kCount == 8);
+    const bool turned = threadIdx.x / 4 % 2 != 0;
+    const float4 one = *reinterpret_cast<const float4*>(from + (turned ? 4 : 0));
+    const float4 other = *reinterpret_cast<const float4*>(from + (turned ? 0 : 4));
+    const float4 low = turned ? other : one, high = turned ? one : other;
+    sum[0] = low.x, sum[1] = low.y, sum[2] = low.z, sum[3] = low.w;
+    sum[4] = high.x, sum[5] = high.y, sum[6] = high.z, sum[7] = high.w;
   }
 }
 
@@ -165,30 +200,47 @@ RP_DEVICE void up_tile(const UpProjectParams& p, const Place& place, const ZType
   const int count = place.columns - column < kElements ? place.columns - column : kElements;
   if (count <= 0) return;
   const bool by_16 = whole && count == kElements;
-  float bias[kElements] = {};
-  RP_UNROLL
-  for (int e = 0; e < kElements && p.bias.data != nullptr; ++e) {
-    if (e < count) bias[e] = load_as_float(p.bias.data, p.bias.dtype, (place.column + column + e) * p.bias.col_stride);
+  const int64_t out_column = place.column + column;
+  float bias[8] = {};
+  if (p.bias.data != nullptr) {
+    const int64_t stride = p.bias.col_stride;
+    load_strided(p.bias.data, p.bias.dtype, out_column * stride, stride, 0, count, false, bias);
   }
-  for (int row = static_cast<int>(threadIdx.x) / kChunks; row < kBlockRows; row += kThreads / kChunks) {
-    if (first_row + row >= p.rows) break;
-    float sum[kElements];
-    RP_UNROLL
-    for (int e = 0; e < kElements; ++e) sum[e] = products[row * kOutStride + column + e] + bias[e];
-    add_row<T>(sum, p.residual, first_row + row, place.column + column, count, by_16);
-    add_row<T>(sum, p.base, first_row + row, place.column + column, count, by_16);
-    T* to = static_cast<T*>(p.out.data) + (first_row + row) * p.out.row_stride + place.column + column;
+  constexpr int kStep = kThreads / kChunks, kAhead = 4;  // rows that are worked on together
+  static_assert(kBlockRows % (kStep * kAhead) == 0);
+  for (int first = static_cast<int>(threadIdx.x) / kChunks; first < kBlockRows; first += kStep * kAhead) {
+    if (first_row + first >= p.rows) break;
+    Added<kAhead> residual, base;
     if (by_16) {
-      T values[kElements];
+      load_rows<T>(residual, p.residual, first_row + first, kStep, p.rows, out_column);
+      load_rows<T>(base, p.base, first_row + first, kStep, p.rows, out_column);
+    }
+    RP_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const int in_block = first + i * kStep;
+      const int64_t row = first_row + in_block;
+      if (row >= p.rows) break;
+      float sum[kElements];
+      load_products(products + in_block * kOutStride + column, sum);
       RP_UNROLL
-      for (int e = 0; e < kElements; ++e) values[e] = from_float<T>(sum[e]);
-      uint4 bits;
-      memcpy(&bits, values, sizeof bits);
-      store_16(to, bits);
-    } else {
-      RP_UNROLL
-      for (int e = 0; e < kElements; ++e) {
-        if (e < count) to[e] = from_float<T>(sum[e]);
+      for (int e = 0; e < kElements; ++e) sum[e] += bias[e];
+      T* to = static_cast<T*>(p.out.data) + row * p.out.row_stride + out_column;
+      if (by_16) {
+        add_bits<T>(sum, p.residual, residual.bits[i]);
+        add_bits<T>(sum, p.base, base.bits[i]);
+        T values[kElements];
+        RP_UNROLL
+        for (int e = 0; e < kElements; ++e) values[e] = from_float<T>(sum[e]);
+        uint4 bits;
+        memcpy(&bits, values, sizeof bits);
+        store_16(to, bits);
+      } else {
+        add_elements<T>(sum, p.residual, row, out_column, count);
+        add_elements<T>(sum, p.base, row, out_column, count);
+        RP_UNROLL
+        for (int e = 0; e < kElements; ++e) {
+          if (e < count) to[e] = from_float<T>(sum[e]);
+        }
       }
     }
   }
@@ -221,8 +273,7 @@ __global__ __launch_bounds__(kThreads, kIsFloat<T> ? 2 : 3) void up_project_kern
       cp_async_16(z + row * stride + column,
                   inside ? from + (first_row + row) * p.z_stride + column : static_cast<const ZType<T>*>(p.z), inside);
     }
-    cp_async_commit();
-    cp_async_wait<0>();  // seen by the others after the barrier behind B
+    cp_async_commit();  // waited for with B
   }
   up_tile<T>(p, place, z, stride, z + kBlockRows * stride, reinterpret_cast<float*>(shared), p.b_by_16);
 }

@@ -43,8 +43,7 @@ const cuda::Device& facts_of(int device) {
 class TorchGpu final : public cuda::Host {
  public:
   explicit TorchGpu(const Tensor& like)
-      : like_(like),
-        place_{device_of(like), false},
+      : place_{device_of(like), false},
         guard_(place_.device.index()),
         stream_(current_stream(place_)),
         facts_(facts_of(place_.device.index())) {}
@@ -55,7 +54,7 @@ class TorchGpu final : public cuda::Host {
 
   // Freed when the call returns: torch's allocator hands it out again on the same stream only, behind the kernels.
   void* scratch(int64_t bytes) const override {
-    scratch_.push_back(torch::stable::new_empty(like_, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
+    scratch_.push_back(empty(place_, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
     return scratch_.back().data_ptr();
   }
 
@@ -78,7 +77,6 @@ class TorchGpu final : public cuda::Host {
     return static_cast<cudaStream_t>(stream);
   }
 
-  const Tensor like_;
   const Place place_;
   const torch::stable::accelerator::DeviceGuard guard_;  // before the stream, which is the device's
   const cudaStream_t stream_;

@@ -5,6 +5,7 @@
 // cp.async, and are refused here rather than given an instruction that does nothing.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -134,6 +135,21 @@ RP_DEVICE void cp_async_16(void* smem, const void* gmem, bool valid) {
 #endif
 }
 
+// 16 bytes from global memory; `from` is 16-byte aligned, and nothing that this thread stores. Spelled out, for numbers
+// of 16 bits that are taken apart behind a branch otherwise become halves of registers at once: then every load of a
+// batch is waited for before the next one begins.
+RP_DEVICE uint4 load_16(const void* from) {
+#ifdef __CUDACC__
+  uint4 bits;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return bits;
+#else
+  return *static_cast<const uint4*>(from);
+#endif
+}
+
 // 16 bytes to global memory at once; `to` is 16-byte aligned. Spelled out, for the compiler has been seen to take such
 // a store apart, and then each sector of an output is written four times.
 RP_DEVICE void store_16(void* to, uint4 bits) {
@@ -209,16 +225,19 @@ cudaError_t launch(dim3 grid, dim3 block, size_t smem, [[maybe_unused]] cudaStre
   // The default limit of 48 KiB counts the kernel's static shared memory too. Always the device's most and never less:
   // another thread may be launching the same kernel with another size.
   if (smem > size_t{32} << 10) {
+    static std::atomic<uint64_t> raised{0};  // bit i: for GPU i, which is asked once
     int device = 0, most = 0;
     cudaFuncAttributes kernel{};
     cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (error == cudaSuccess && (raised.load(std::memory_order_relaxed) & bit) == 0) {
       error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    }
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&kernel, Kernel);
-    if (error == cudaSuccess) {
-      most -= static_cast<int>(kernel.sharedSizeBytes);  // the limit is one for both kinds
-      error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&kernel, Kernel);
+      if (error == cudaSuccess) {
+        most -= static_cast<int>(kernel.sharedSizeBytes);  // the limit is one for both kinds
+        error = cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      }
+      if (error == cudaSuccess) raised.fetch_or(bit, std::memory_order_relaxed);
     }
     if (error != cudaSuccess) {
       cudaGetLastError();  // or the next launch, whoever's it is, would be told of it

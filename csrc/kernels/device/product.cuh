@@ -155,16 +155,21 @@ RP_DEVICE void multiply_tf32(float (&acc)[kTiles][4], const float* x, int x_stri
 RP_DEVICE float relu(float value) { return value < 0.f ? 0.f : value; }  // NaN stays
 
 // A small matrix M in device memory that fragments are multiplied with: element (k, n) is data[k stride_k + n
-// stride_n]; without data it is 1.
+// stride_n], and data[0] some number that is there. It is a state of one condition, or 32 rows of V: its numbers can be
+// counted by ints, of which a warp needs half as many registers.
 template <class T = float>
 struct SmallMatrix {
   const T* data;
-  int64_t stride_k, stride_n;
+  int stride_k, stride_n;
   bool positive;  // relu of its elements
 
-  RP_DEVICE float at(int k, int n) const {
-    const float value = data != nullptr ? to_float(data[k * stride_k + n * stride_n]) : 1.f;
-    return positive ? relu(value) : value;
+  RP_DEVICE SmallMatrix(const T* at, int64_t k, int64_t n, bool relu)
+      : data(at), stride_k(static_cast<int>(k)), stride_n(static_cast<int>(n)), positive(relu) {}
+
+  // Zero where not `inside`. Always a load, for in a branch each would be waited for by itself.
+  RP_DEVICE float at(int k, int n, bool inside) const {
+    const float value = to_float(data[inside ? k * stride_k + n * stride_n : 0]);
+    return inside ? positive ? relu(value) : value : 0.f;
   }
 };
 
@@ -188,7 +193,7 @@ RP_DEVICE void multiply_small(float (&z)[kOut][4], const float* t, int stride, i
     const int n = n0 + 8 * j + (kTensor ? at.g : 2 * at.q + e) - region.column;
     const bool inside = static_cast<unsigned>(k - region.row) < static_cast<unsigned>(region.rows) &&
                         static_cast<unsigned>(n) < static_cast<unsigned>(region.columns);
-    return inside ? m.at(k, n) : 0.f;
+    return m.at(k, n, inside);
   };
   RP_NO_UNROLL
   for (int k0 = region.row / 8 * 8; k0 < region.row + region.rows; k0 += 8) {
@@ -199,23 +204,37 @@ RP_DEVICE void multiply_small(float (&z)[kOut][4], const float* t, int stride, i
                             static_cast<unsigned>(k0 + at.q + 4 - region.row) < static_cast<unsigned>(region.rows)};
       const uint32_t a[4] = {here[0] ? to_tf32(row[0]) : 0u, here[0] ? to_tf32(row[8 * stride]) : 0u,
                              here[1] ? to_tf32(row[4]) : 0u, here[1] ? to_tf32(row[8 * stride + 4]) : 0u};
+      constexpr int kStep = kOut < 4 ? kOut : 4;  // tiles whose loads are in flight together
       RP_UNROLL
-      for (int j = 0; j < kOut; ++j) {
-        const float m0 = element(k0 + at.q, j, 0), m1 = element(k0 + at.q + 4, j, 0);
-        mma_tf32_16x8x8(z[j], a, to_tf32(m0), to_tf32(m1));
+      for (int j0 = 0; j0 < kOut; j0 += kStep) {
+        float column[kStep][2];
+        RP_UNROLL
+        for (int j = 0; j < kStep; ++j) {
+          column[j][0] = element(k0 + at.q, j0 + j, 0);
+          column[j][1] = element(k0 + at.q + 4, j0 + j, 0);
+        }
+        RP_UNROLL
+        for (int j = 0; j < kStep; ++j) {
+          mma_tf32_16x8x8(z[j0 + j], a, to_tf32(column[j][0]), to_tf32(column[j][1]));
+        }
       }
     } else {
       float sum[kOut][4] = {};  // chains of 8
       RP_NO_UNROLL
       for (int k = k0 > region.row ? k0 : region.row; k < k0 + 8 && k < region.row + region.rows; ++k) {
         const float t0 = t[at.g * stride + k], t1 = t[(at.g + 8) * stride + k];
+        float value[kOut][kColumns];
+        RP_UNROLL
+        for (int j = 0; j < kOut; ++j) {
+          RP_UNROLL
+          for (int e = 0; e < kColumns; ++e) value[j][e] = element(k, j, e);
+        }
         RP_UNROLL
         for (int j = 0; j < kOut; ++j) {
           RP_UNROLL
           for (int e = 0; e < kColumns; ++e) {
-            const float value = element(k, j, e);
-            sum[j][e] += t0 * value;
-            sum[j][2 + e] += t1 * value;
+            sum[j][e] += t0 * value[j][e];
+            sum[j][2 + e] += t1 * value[j][e];
           }
         }
       }

@@ -153,9 +153,11 @@ RP_DEVICE void find_conditions(Space& space, const Team<kWarps>& team, int64_t f
   team.sync();
 }
 
+static __device__ const float kOne = 1.f;
+
 // What a sample's rows are multiplied with.
 RP_DEVICE SmallMatrix<> matrix_of(const RouteParams& p, int64_t sample, int64_t condition) {
-  if (p.routing == Routing::kExpand) return {nullptr, 0, 0, false};
+  if (p.routing == Routing::kExpand) return {&kOne, 0, 0, false};
   if (p.routing == Routing::kCrossGram && p.sums != nullptr) return {p.sums + sample * p.state_stride, 1, 0, false};
   const float* state = p.state + (p.routing == Routing::kCrossGram ? sample : condition) * p.state_stride;
   if (p.kind == StateKind::kVector) return {state, 1, 0, p.routing == Routing::kGramRelu};
@@ -188,10 +190,10 @@ RP_DEVICE void route_product(RouteSpace<kWidth, kWarps>& space, int warp, const 
       } else {
         const RowRange tokens = rows_of(p.conditions, condition);
         const bool positive = p.routing == Routing::kGramRelu;
+        const float* v = p.state + tokens.begin * p.state_stride;
         RP_NO_UNROLL
-        for (int64_t m = tokens.begin; m < tokens.end; m += Space::kTokens) {
-          const int here = static_cast<int>(tokens.end - m < Space::kTokens ? tokens.end - m : Space::kTokens);
-          const float* v = p.state + m * p.state_stride;
+        for (int left = static_cast<int>(tokens.end - tokens.begin); left > 0; left -= Space::kTokens) {
+          const int here = left < Space::kTokens ? left : Space::kTokens;
           float scores[Space::kTokens / 8][4] = {};
           // the condition's tokens are the columns of the first product and the rows of the second
           multiply_small<kTensor>(scores, space.t, Space::kStride, 0, SmallMatrix<>{v, 1, p.state_stride, positive},
@@ -202,6 +204,7 @@ RP_DEVICE void route_product(RouteSpace<kWidth, kWarps>& space, int warp, const 
           multiply_small<kTensor>(z, scores_at, Space::kScoreStride, n0,
                                   SmallMatrix<>{v + group * w, p.state_stride, 1, false},
                                   Region{0, here, group * w, w});
+          v += Space::kTokens * p.state_stride;
         }
         if (p.scale_by_tokens) {
           const int64_t valid = count_valid(p.condition_mask, tokens);

@@ -95,10 +95,10 @@ RP_DEVICE void grad_product(Space& space, int warp, const RouteGradParams& p, in
       } else {
         const RowRange tokens = rows_of(route.conditions, condition);
         const bool z = what == GradProduct::kZ;
+        const T* v = static_cast<const T*>(p.v) + tokens.begin * p.v_stride;
         RP_NO_UNROLL
-        for (int64_t m = tokens.begin; m < tokens.end; m += Space::kTokens) {
-          const int here = static_cast<int>(tokens.end - m < Space::kTokens ? tokens.end - m : Space::kTokens);
-          const T* v = static_cast<const T*>(p.v) + m * p.v_stride;
+        for (int rest = static_cast<int>(tokens.end - tokens.begin); rest > 0; rest -= Space::kTokens) {
+          const int here = rest < Space::kTokens ? rest : Space::kTokens;
           float scores[Space::kTokens / 8][4] = {};
           multiply_small<kTensor>(scores, left, Space::kStride, 0, SmallMatrix<T>{v, 1, p.v_stride, relu_v && z},
                                   Region{group * w, w, 0, here});
@@ -108,6 +108,7 @@ RP_DEVICE void grad_product(Space& space, int warp, const RouteGradParams& p, in
           multiply_small<kTensor>(sum, scores_at, Space::kScoreStride, n0,
                                   SmallMatrix<T>{v + group * w, p.v_stride, 1, relu_v && !z},
                                   Region{0, here, group * w, w});
+          v += Space::kTokens * p.v_stride;
         }
         if (route.scale_by_tokens) {
           const int64_t valid = count_valid(route.condition_mask, tokens);

@@ -65,10 +65,15 @@ struct Columns {
     RP_UNROLL
     for (int i = 0; i < kCount; i += kRun) {
       if (aligned && offset(i) + kRun <= left) {
-        using Words = Elements<uint32_t, kRun / kPerWord>;
-        const Words run = __builtin_bit_cast(Words, load_vector<kRun>(at + offset(i)));
-        RP_UNROLL
-        for (int k = 0; k < kRun / kPerWord; ++k) raw.word[i / kPerWord + k] = run.e[k];
+        if constexpr (kRun / kPerWord == 4) {
+          const uint4 run = load_16(at + offset(i));
+          raw.word[0] = run.x, raw.word[1] = run.y, raw.word[2] = run.z, raw.word[3] = run.w;
+        } else {
+          using Words = Elements<uint32_t, kRun / kPerWord>;
+          const Words run = *reinterpret_cast<const Words*>(at + offset(i));
+          RP_UNROLL
+          for (int k = 0; k < kRun / kPerWord; ++k) raw.word[i / kPerWord + k] = run.e[k];
+        }
       } else {
         RP_UNROLL
         for (int k = i; k < i + kRun; k += kPerWord) {
