@@ -81,9 +81,9 @@ class RoutedLayer(nn.Module):
                 return Delivered(None, slot.mask, None, slot.input_mask if input_mask is None else input_mask)
             return slot if input_mask is None else slot._replace(input_mask=input_mask)
         if self.missing == "error":
-            given, keyword = ("None, mask", "_mask=mask") if in_sequence else ("y", "=y")
+            what, keyword = ("None, mask", "_mask=mask") if in_sequence else ("y", "=y")
             raise MissingConditionError(
-                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, {given}):' "
+                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, {what}):' "
                 f"or pass 'routed_condition{keyword}' to the model, or attach a tap (one that is there found nothing "
                 "in this call); set missing='base' to fall back to the frozen layer."
             )
