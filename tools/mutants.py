@@ -44,10 +44,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("up_project, not scaled", "up_project.cu", "make_float2(p.scaling * acc[j][2 * h], p.scaling * acc[j][2 * h + 1])",
      "make_float2(acc[j][2 * h], acc[j][2 * h + 1])"),
     ("up_project, the first slice's columns of Z", "up_project.cu", " + place.segment.z_column;", ";"),
-    ("up_project, no residual", "up_project.cu",
-     "    add_row<T>(sum, p.residual, first_row + row, place.column + column, count, by_16);\n", ""),
-    ("up_project, no bias", "up_project.cu", "products[row * kOutStride + column + e] + bias[e]",
-     "products[row * kOutStride + column + e]"),
+    ("up_project, no residual", "up_project.cu", "        add_bits<T>(sum, p.residual, residual.bits[i]);\n", ""),
+    ("up_project, no residual of rows that are not by 16", "up_project.cu",
+     "        add_elements<T>(sum, p.residual, row, out_column, count);\n", ""),
+    ("up_project, no bias", "up_project.cu", "sum[e] += bias[e];", "sum[e] += 0 * bias[e];"),
+    ("up_project, the lanes' halves are not turned back", "up_project.cu", "low = turned ? other : one", "low = one"),
+    ("up_project, the row ahead", "up_project.cu", "row + i * step < rows ? row + i * step : rows - 1",
+     "row + i * step + 1 < rows ? row + i * step + 1 : rows - 1"),
     # ---- condition.cu
     ("pool, a sum for a mean", "condition.cu",
      "const float weight = mean && valid > 0 ? 1.0f / tokens : 1.0f;", "const float weight = 1.0f;"),
@@ -185,6 +188,18 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "    __syncthreads();  // the last ones have been read\n",
      "  for (int64_t k0 = 0; k0 < k.width; k0 += kDepth) {\n"
      "    const int depth = static_cast<int>(k.width - k0 < kDepth ? k.width - k0 : kDepth);\n"),
+    # ---- rank_one_sum.cu
+    ("rank_one_sum, the last chunks of a condition", "rank_one_sum.cu", "if (i0 + i >= all) break;",
+     "if (i0 + i + 1 >= all) break;"),
+    ("rank_one_sum, a chunk of the eight is left out", "rank_one_sum.cu",
+     "for (int i = 0; i < kSumAhead; ++i) loaded[i] = load_16(part[i]);",
+     "for (int i = 0; i < kSumAhead; ++i) loaded[i] = load_16(part[i > 0 ? i : 1]);"),
+    # ---- the rest
+    ("project, the last split twice", "condition.cu", "if (split + s >= p.splits) break;", ""),
+    ("directions, the next run is this one", "rank_one.cu", "if (k + kRun < here) load(k + kRun);",
+     "if (k + kRun < here) load(k);"),
+    ("grad_input, a stage is filled too early", "grad_input.cu", "cp_async_wait_for(p.stages - 2);",
+     "cp_async_wait_for(p.stages - 1);"),
     # ---- rank_one_sweep.cu
     ("rank_one_sweep, another slice's columns", "rank_one_sweep.cu", "if (k < begin || k >= end) v[k] = 0;", ""),
     ("rank_one_sweep, no barrier before the dots are added", "rank_one_sweep.cu",
