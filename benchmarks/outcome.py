@@ -56,7 +56,7 @@ class Result:
     @property
     def samples(self) -> tuple[int, str]:
         """What the median of a ratio is taken of, at least: how many, and of what."""
-        runs = [row["runs"] for row in self.of_kind("layer")]
+        runs = [row["runs"] for group in self.groups().values() for row in group.values()]
         several = min(len(mine) for mine in runs)
         return (several, "runs") if several > 1 else (min(len(mine[0]) for mine in runs), "rounds")
 
@@ -90,7 +90,9 @@ def load(paths: list[Path]) -> Result:
         result.notes += [note for note in raw.get("notes", []) if note not in result.notes]
         part.rows = [row_of(bench, part.shapes) if "stats" in bench else bench for bench in raw["benchmarks"]]
         result.shapes |= part.shapes
-        known = result.every_group()
+        known, cells = result.every_group(), [cell_of(row) for row in part.of_kind("layer")]
+        if len({*cells}) < len(cells):
+            raise SystemExit(f"{path}: a cell is there twice; give each run a file of its own")
         result.rows += [row for row in part.rows if row["kind"] != "layer"]
         for key, group in part.every_group().items():
             if any("runs" not in row for row in group.values()):
@@ -108,6 +110,10 @@ def load(paths: list[Path]) -> Result:
     for row in result.of_kind("layer"):
         row |= spread([time for run in row["runs"] for time in run])
     return result
+
+
+def cell_of(row: dict) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("name", "dtype", "way", "clock", "peer"))
 
 
 def row_of(bench: dict, shapes: dict[str, dict]) -> dict:

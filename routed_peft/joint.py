@@ -138,6 +138,8 @@ def _kind(layer: RoutedLayer, y: Tensor) -> Any:
     if not y.is_floating_point():
         return None  # for the layer to refuse
     matrix, bias, groups = layer._projection()
+    if layer.computes_projection():
+        return None  # for which no state can be told to be the layer's
     plain = all(t is None or (type(t) in (nn.Parameter, Tensor) and t.device == y.device) for t in (matrix, bias))
     if not plain or matrix.dim() != 2 or y.dim() not in (2, 3) or matrix.shape[1] != y.shape[-1]:
         return None  # sharded, offloaded, or an error for the layer to tell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -83,9 +83,9 @@ class RoutedLayer(nn.Module):
         if self.missing == "error":
             what, keyword = ("None, mask", "_mask=mask") if in_sequence else ("y", "=y")
             raise MissingConditionError(
-                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, {what}):' "
-                f"or pass 'routed_condition{keyword}' to the model, or attach a tap (one that is there found nothing "
-                "in this call); set missing='base' to fall back to the frozen layer."
+                f"{self.label} ran without a condition. Wrap the call in 'with routed_peft.condition(model, {what}):', "
+                f"pass 'routed_condition{keyword}' to the model, or attach a tap; set missing='base' to fall back to "
+                "the frozen layer."
             )
         return None
 
@@ -109,8 +109,8 @@ class RoutedLayer(nn.Module):
                 state = given.states.keep_once(self, dtype, self._encode(rows, given.mask))
             return given if state is None else given._replace(condition=state, mask=None)
         y, mask = given.condition, given.mask
-        if self.training or not isinstance(y, Tensor):  # in training mode dropout is drawn at each step
-            return given
+        if self.training or not isinstance(y, Tensor) or self.computes_projection():
+            return given  # in training mode dropout is drawn at each step
         versions = [None if t is None or t.is_inference() else t._version for t in (y, mask)]
         if not given.states.owned and (y.is_inference() or (mask is not None and mask.is_inference())):
             return given  # somebody may write it, and no version would tell
@@ -146,6 +146,10 @@ class RoutedLayer(nn.Module):
     def _projection(self) -> tuple[Tensor, Tensor | None, int]:
         """What projects the condition: the matrix, its bias, and how many output slices route on their own."""
         raise NotImplementedError
+
+    def computes_projection(self) -> bool:
+        """Whether that matrix is another tensor at every look (torch.nn.utils.parametrize)."""
+        return self._projection()[0] is not self._projection()[0]
 
     def shares_projection(self) -> bool:
         """Whether the condition is projected with the matrix that the input goes through too."""
@@ -202,7 +206,8 @@ class LowRankUpdate(RoutedLayer):
         probability("lora_dropout", lora_dropout)
         if condition_dropout is not None:
             probability("condition_dropout", condition_dropout)
-        if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in out_slices or []):
+        out_slices = None if out_slices is None else list(out_slices)
+        if not all(isinstance(pair, Iterable) and len([*pair]) == 2 for pair in out_slices or []):
             raise ValueError(f"out_slices must be pairs (start, stop), got {out_slices!r}")
         self.in_features, self.out_features = linear_features(base_layer)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
@@ -326,10 +331,19 @@ class LowRankUpdate(RoutedLayer):
 
         Returns:
             The state; without dropout. It goes stale when the matrix that projects it changes.
+
+        Raises:
+            UnsupportedError: the condition is in-sequence, or the matrix that projects it is parametrised, so that
+                nothing could tell whether it changed.
         """
         if self.condition_source == "in_sequence":
             raise UnsupportedError(
                 f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
+            )
+        if self.computes_projection():
+            raise UnsupportedError(
+                f"{self.label}: what projects the condition is parametrised (torch.nn.utils.parametrize), so nothing "
+                "would tell when a state of it is stale; pass the condition with each call"
             )
         return self._encode(condition, condition_mask)
 
@@ -362,12 +376,13 @@ class LowRankUpdate(RoutedLayer):
             wide = torch.float64 if self.A.dtype == torch.float64 else torch.float32
             state = None
             if self.routing != "none":
-                held = (
-                    condition
-                    if isinstance(condition, ConditionState)
-                    else self.encode_condition(condition.to(wide), condition_mask)
-                )
-                held.check_fresh(self.label, self.A if self.C is None else self.C, own=True)
+                if isinstance(condition, ConditionState):
+                    held = condition
+                    held.check_fresh(self.label, self.A if self.C is None else self.C, own=True)
+                elif self.condition_source == "in_sequence":
+                    held = self.encode_condition(condition)  # which refuses
+                else:
+                    held = self._encode(condition.to(wide), condition_mask)
                 state = held.tensor.to(wide)
                 if state.shape[0] != 1:
                     raise ConditionShapeError(f"{self.label}: bake takes 1 condition, got {state.shape[0]}")

@@ -272,7 +272,9 @@ def forward(
             condition, a if c is None else c, b_down if c is None else b_c, mask, condition_cu_seqlens, seed, options
         )
     if state is not None and index is not None:
-        state = state[index]
+        lost = (index < 0) | (index >= state.shape[0])  # NaN: no condition is another one's
+        state = state[index.clamp(0, state.shape[0] - 1)]
+        state = state.masked_fill(lost.reshape(-1, *[1] * (state.dim() - 1)), math.nan)
 
     input_valid = present if input_mask is None else present & input_mask
     z = activate(route(t.to(_accumulate_dtype(t)), state, input_valid, options), options.activation)

@@ -5,6 +5,7 @@ Adding a route starts here (CONTRIBUTING.md lists the other places).
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,19 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> str:
 
 def number(name: str, value: object) -> None:
     """A ValueError that names the argument, unless ``value`` is a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def positive(name: str, value: object) -> None:
     """A ValueError that names the argument, unless ``value`` is an integer from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def probability(name: str, value: object) -> None:
     """A ValueError that names the argument, unless ``value`` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
 
 

@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 
 from .errors import StaleStateError
 
-# Parameters, each with its version counter; None of an inference tensor, which has none. The parameters themselves:
-# another one might get the memory, and so the id, of one that is gone.
-Versions = tuple[tuple[Tensor | None, int | None], ...]
+# Parameters, each with its version: the counter (None of an inference tensor, which has none) and what the Python
+# object stands for, which torch.utils.swap_tensors exchanges. The parameters themselves: another one might get the
+# memory, and so the id, of one that is gone.
+Version = tuple[int | None, int]
+Versions = tuple[tuple[Tensor | None, Version], ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ConditionState:
                 continue
             if i == len(versions) or versions[i][0] is not p:
                 return False
-            if versions[i][1] != (None if p.is_inference() else p._version):
+            if versions[i][1] != _version(p):
                 return False
             i += 1
         return i == len(versions)
@@ -98,8 +100,12 @@ def versions_of(*parameters: Tensor | None) -> Versions:
     return _versions_now(parameters)
 
 
+def _version(p: Tensor) -> Version:
+    return (None if p.is_inference() else p._version), p._cdata
+
+
 def _versions_now(parameters: tuple[Tensor | None, ...]) -> Versions:
-    return tuple([(p, None if p.is_inference() else p._version) for p in parameters if p is not None])
+    return tuple([(p, _version(p)) for p in parameters if p is not None])
 
 
 _hooked: list[Any] = []  # the hook's handle, once there is a state
@@ -108,12 +114,12 @@ _hooked: list[Any] = []  # the hook's handle, once there is a state
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Optimizers with fused=True write parameters without counting a version, so that is made up for."""
     for group in optimizer.param_groups:
-        for p in group["params"]:
+        for p in group["params"] if group.get("fused") else ():
             if p.grad is not None and not p.is_inference():
                 torch.autograd.graph.increment_version(p)
 
 
-class _Versions(tuple[tuple[Tensor | None, int | None], ...]):
+class _Versions(tuple[tuple[Tensor | None, Version], ...]):
     """Travels with a flattened state and is no part of its structure, so that an exported program takes every state."""
 
     def __eq__(self, other: object) -> bool:

@@ -10,6 +10,7 @@ tap.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ _PRESETS = {
     "clip": ("output", "vision_model"),
 }
 _INPUTS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids")  # one row for each sample
+_OF_IMAGES = r"(?i)visi|visual|image|img|vit\b|multi_?modal|mm_|project|connector|perceiver|qformer"  # a path's words
 _IMAGES = ("image_embeds", "mm_encoder_outputs")  # beside pixel_values and its variants
 
 
@@ -375,8 +377,9 @@ class DecoderTap(Tap):
 class OutputTap(Tap):
     """The output of a module, [B, M, d] or [B, d], for what runs after it in the same call of the model.
 
-    Calls with a key/value cache that bring none take that of the call which filled the cache. A model that has tokens
-    for images shows which rows have any: where one has none, as many images as rows are not one for each.
+    Calls with a key/value cache that bring none take that of the call which filled the cache. Where the module makes
+    images' features and the model has tokens for images, these show which rows have any: where one has none and another
+    has, as many images as rows are not one for each.
     """
 
     def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
@@ -387,7 +390,8 @@ class OutputTap(Tap):
         config: Any = getattr(model, "config", None)
         names = [f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index")]
         found = (getattr(config, name, None) for name in names)
-        self.tokens = list(dict.fromkeys(token for token in found if isinstance(token, int)))
+        of_images = re.search(_OF_IMAGES, path) is not None
+        self.tokens = list(dict.fromkeys(token for token in found if isinstance(token, int))) if of_images else []
 
     @property
     def width(self) -> int | None:
@@ -455,13 +459,15 @@ class OutputTap(Tap):
         rows = torch.arange(y.shape[0], device=y.device).repeat_interleave(times)
         shown = self.slot.shown
         if shown is not None and shown.shape == rows.shape:
-            if shown.is_cpu and not torch.compiler.is_compiling() and not bool(shown.all()):
+            lost = shown.any() & ~shown
+            if not shown.is_cpu or torch.compiler.is_compiling():  # to look would wait: such rows become NaN
+                rows = rows.masked_fill(lost.to(rows.device), -1)
+            elif bool(lost.any()):
                 raise UnsupportedError(
                     f"the module of the tap, '{self.path}', gave {y.shape[0]} outputs for {len(shown)} rows, and row "
-                    f"{int(shown.int().argmin())} has no image token: which output belongs to which row is unknown; "
+                    f"{int(lost.int().argmax())} has no image token: which output belongs to which row is unknown; "
                     "pass routed_condition"
                 )
-            rows = torch.where(shown, rows, -1)  # which makes NaN of such a row, where to look would wait for a device
         states = States(owned=True) if self.generates and not torch.is_grad_enabled() else None
         self._fill(self._delivered(y, None, states)._replace(index=rows))
 

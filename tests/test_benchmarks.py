@@ -360,6 +360,12 @@ def test_several_runs_count_by_their_medians(tmp_path):
     assert "certainty of 95%; it is that of 6 runs, each a process" in " ".join(pages.page(result, []).split())
     outcome.write_json(result, files[0])
     assert outcome.load(files[:1]).rows == result.rows
+    twice = made_up(routed_peft=1e-3)
+    twice.rows *= 2
+    outcome.write_json(twice, files[1])
+    with pytest.raises(SystemExit, match="1.json: a cell is there twice"):
+        outcome.load(files[1:2])
+    outcome.write_json(made_up(routed_peft=1e-3, eager=2e-3, aten=0.9e-3), files[1])
     assert outcome.load(files[1:4]).samples == (3, "runs") and outcome.certainty(3) == 0.75
     result.rows = [row for row in result.rows if row["peer"] != "aten"]
     outcome.write_json(result, files[0])

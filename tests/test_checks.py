@@ -5,6 +5,7 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, worst
@@ -153,6 +154,14 @@ def test_options_of_a_layer_are_named(options, text):
     if "lora_alpha" in options:
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             rp.RoutedLoRAConfig(target_modules="all-linear", **options)
+
+
+def test_numbers_of_numpy_are_options():
+    layer = rp.RoutedLoRA.from_features(
+        6, 10, r=np.int64(3), lora_alpha=np.float32(8), lora_dropout=np.float64(0.5), condition_features=np.int32(4),
+        out_slices=zip((0, 8), (4, 10), strict=True),
+    )  # fmt: skip
+    assert layer.out_slices == [(0, 4), (8, 10)] and layer.lora_B.shape == (6, 3) and layer.condition_A.shape == (6, 4)
 
 
 def test_overlapping_slices_are_refused_by_the_layer():

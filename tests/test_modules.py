@@ -571,6 +571,26 @@ def test_parameters_that_were_encoded_with_can_be_swapped():
         torch.__future__.set_swap_module_params_on_conversion(False)
     with pytest.raises(rp.StaleStateError):
         layer(X.double(), state)
+    files = [{name: torch.randn_like(value) for name, value in layer.state_dict().items()} for _ in range(2)]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with torch.no_grad():
+            layer.load_state_dict(files[0], assign=True)
+            state = layer.encode_condition(Y.double())
+            torch.testing.assert_close(layer(X.double(), state), layer(X.double(), Y.double()))
+            layer.load_state_dict(files[1], assign=True)  # the same object, and no version of it was ever counted
+            with pytest.raises(rp.StaleStateError, match="before the parameters changed"):
+                layer(X.double(), state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_parametrised_projection_has_no_state():
+    layer = layer_of()
+    parametrizations.weight_norm(layer, "condition_A")
+    with pytest.raises(rp.UnsupportedError, match="parametrised .* pass the condition with each call"):
+        layer.encode_condition(Y)
+    torch.testing.assert_close(layer.bake(Y[:1])(X), layer(X, Y[:1].expand(2, -1, -1)))
 
 
 def test_a_pickled_state_is_no_layer_s():

@@ -5,7 +5,7 @@ import torch
 from cases import EVERY, ROUTED, Case
 
 from routed_peft import functional
-from routed_peft.reference import dropout_multiplier, philox
+from routed_peft.reference import dropout_multiplier, philox, run
 from routed_peft.routes import ROUTES
 
 
@@ -134,3 +134,20 @@ def test_no_samples_have_tokens_all_the_same():
         for backend in ("reference", "cpu"):
             out = functional.routed_lora(x, A, y, B, routing=routing, scaling=1.0, backend=backend, **more)
             assert out.shape == (0, 5, 6)
+
+
+def test_a_row_without_a_condition_is_nan():
+    A, B = torch.randn(3, 8), torch.randn(6, 3)
+    for y, routing in ((torch.randn(2, 4, 8), "gram"), (torch.randn(2, 8), "mul")):
+        t = (torch.randn(3, 5, 8), A, B, y, None, None, None, None, None)
+        found = []
+        for last in (1, -1, 2):
+            numbers = dict(scaling=1.0, dropout=0.0, condition_dropout=0.0, residual=False, route_across_slices=False)
+            names = dict(routing=routing, scale="tokens", pool="auto", activation="none", backend="auto")
+            asked = functional.Asked(state_of=None, out_slices=(), out_features=None, **numbers, **names)
+            others = (None, torch.tensor([1, 0, 1]), None, None, None, None)
+            options = functional.check_call("layer", torch.float32, asked, (*t, None), others)
+            index = torch.tensor([1, 0, last])
+            found.append(run((*t, None, index, None, None, None, None, None), options))
+        assert torch.equal(found[0][:2], found[1][:2]) and found[0].isfinite().all()
+        assert found[1][2].isnan().all() and found[2][2].isnan().all()

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,6 +207,23 @@ def test_a_path_taps_any_module_s_output():
         model(image[:, :, None], x)
     rp.detach(model)
     assert not model.see._forward_hooks
+
+
+def test_only_what_makes_images_asks_for_their_tokens():
+    class Listens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(model_type="other", image_token_id=7, to_dict=dict)
+            self.audio_tower, self.read = nn.Linear(6, 12), nn.Linear(8, 8)
+
+        def forward(self, input_ids, sound, x):
+            self.audio_tower(sound)
+            return self.read(x)
+
+    model = Listens()
+    rp.attach(model, rp.RoutedLoRAConfig(target_modules=["read"], r=4, condition_features=12), tap="audio_tower")
+    out = model(torch.tensor([[7, 1], [2, 3]]), torch.randn(2, 3, 6), torch.randn(2, 5, 8))
+    assert out.isfinite().all()  # one sound for each row, whichever has an image
 
 
 def test_as_many_images_as_samples_are_not_one_for_each():

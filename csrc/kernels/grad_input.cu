@@ -844,7 +844,7 @@ cudaError_t grad_input(const GradInputParams& params, cudaStream_t stream) {
     return dispatch_width(p.padded_width, [&]<int kWidth>() {
       using Shape = Tile<T, kWidth>;
       p.stages = std::max(Shape::kLeast, plan::ring_stages(blocks, p.processors, in_pairs(kWidth), p.shared_bytes,
-                                                           Shape::kStageBytes, Shape::kBesideStages));
+                                                           Shape::kStageBytes, Shape::kBesideStages, Shape::kLeast));
       const size_t shared = static_cast<size_t>(p.stages) * Shape::kStageBytes + Shape::kBesideStages;
       return launch<grad_input_kernel<T, kWidth>>(dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream,
                                                   p);

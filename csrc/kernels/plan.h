@@ -184,11 +184,12 @@ constexpr int64_t gram_splits(int64_t samples, int64_t groups, int64_t group_wid
 }
 
 // Stages of a ring in shared memory: as many as fit beside what else a block has there, so that loads run far ahead,
-// into half of a processor's where two blocks will share it. `pairs`: a processor has registers for two.
+// into half of a processor's where two blocks will share it with `least` stages each, and 1 KiB that every block costs.
+// `pairs`: a processor has registers for two.
 constexpr int ring_stages(int64_t blocks, int64_t processors, bool pairs, int64_t shared_bytes, int64_t stage_bytes,
-                          int64_t beside = 0) {
-  const int64_t half = (shared_bytes / 2 - beside) / stage_bytes;
-  const int64_t stages = pairs && blocks > processors && half >= 3 ? half : (shared_bytes - beside) / stage_bytes;
+                          int64_t beside = 0, int64_t least = 3) {
+  const int64_t half = ((shared_bytes - 1024) / 2 - beside) / stage_bytes;
+  const int64_t stages = pairs && blocks > processors && half >= least ? half : (shared_bytes - beside) / stage_bytes;
   return static_cast<int>(std::clamp<int64_t>(stages, 2, 8));
 }
 
