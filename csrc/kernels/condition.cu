@@ -294,6 +294,7 @@ int64_t encode_vector_scratch(const Problem& p) {
 cudaError_t encode_vector(const Problem& p, float* v, float* pooled_y, void* scratch, cudaStream_t stream) {
   const int64_t conditions = p.conditions.count, cols = p.y.cols;
   if (conditions == 0 || p.width == 0) return cudaSuccess;
+  if (p.c.col_stride != 1 && cols > 1) return cudaErrorInvalidValue;
   ProjectParams project{};
   if (unpooled(p) && pooled_y == nullptr) {
     project.y = p.y.data;
