@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -167,29 +168,27 @@ def test_an_index_out_of_range_is_neither_read_nor_silent(routing, pool, kernels
     case = Case(routing, "lora", batch=3, n=5, m=5, pool=pool, dtype=torch.bfloat16)
     t, _ = (kernels.take(each) for each in case.tensors())
     index = torch.tensor([0, 2, 1], device=kernels.device)
-    called = []
+    called, kernels_ops = [], ops.BACKENDS[kernels].ops
 
-    def op(*arguments):
-        called.append([*arguments])
-        return kernels_ops.forward(*arguments)
+    def recorded(name, at):
+        def op(*arguments):
+            called.append((name, at, [*arguments]))
+            return getattr(kernels_ops, name)(*arguments)
 
-    kernels_ops = ops.BACKENDS[kernels].ops
+        return op
+
+    noted = SimpleNamespace(forward=recorded("forward", 10), infer=recorded("infer", 7))
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ops.BACKENDS, str(kernels), dataclasses.replace(ops.BACKENDS[kernels], ops=Ops(op)))
+        patch.setitem(ops.BACKENDS, str(kernels), dataclasses.replace(ops.BACKENDS[kernels], ops=noted))
         want = case.run(t, {"index": index}, kernels)
+    ((name, at, arguments),) = called
     for wrong in (3, -1, 2**40, -(2**62)):
-        arguments = list(called[0])
-        arguments[10] = torch.tensor([0, wrong, 1], device=kernels.device)
-        got = kernels_ops.forward(*arguments)[0].cpu()
+        arguments[at] = torch.tensor([0, wrong, 1], device=kernels.device)
+        with torch.no_grad():
+            got = getattr(kernels_ops, name)(*arguments)
+        got = (got if name == "infer" else got[0]).cpu()
         assert torch.equal(got[[0, 2]], want[[0, 2]])
         assert got[1].isnan().all()
-
-
-@dataclasses.dataclass
-class Ops:
-    """A namespace of ops with one of them."""
-
-    forward: object
 
 
 # ------------------------------------------------------------------------------------------------ what a forward saves

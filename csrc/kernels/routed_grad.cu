@@ -509,10 +509,12 @@ cudaError_t backward(const Host& host, const Problem& problem, const Backward& i
     RP_TRY(rank_one_backward(host, p, io));
   } else {
     const Wanted want(p, io);
+    // A and C as they are, unless of another dtype: to load them would then take longer than the launch that packs B.
     Matrix none;
-    const bool own_c = p.source == Source::kTokens && !p.shared;
+    const auto other = [&](Matrix& m, bool wanted) { return wanted && m.dtype != p.dtype ? &m : &none; };
     RP_TRY(pack_parameters(host, p,
-                           {want.dt || want.dstate ? &p.b : &none, io.dx ? &p.a : &none, own_c && io.dy ? &p.c : &none},
+                           {want.dt || want.dstate ? &p.b : &none, other(p.a, bool(io.dx)),
+                            other(p.c, io.dy && p.source == Source::kTokens && !p.shared)},
                            p.slice_count == 1));
     if (p.shared && p.a) p.c = p.a;
     RP_TRY(low_rank(host, p, io));
