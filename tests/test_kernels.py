@@ -191,6 +191,19 @@ def test_an_index_out_of_range_is_neither_read_nor_silent(routing, pool, kernels
         assert got[1].isnan().all()
 
 
+@pytest.mark.parametrize("cols", [128, 72])
+def test_every_row_is_added_to_its_own_row_of_the_base(cols, kernels):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y, base = (torch.randn(2, n, d, dtype=dtype) for n, d in ((70, 64), (5, 64), (70, cols)))
+        A, B = torch.randn(8, 64, dtype=dtype), torch.randn(cols, 8, dtype=dtype)
+        given = dict(routing="mul", scaling=0.1, activation="gelu")
+        with torch.no_grad():
+            want = functional.apply("layer", x, A, y, B, None, base=base, backend="cpu", **given)
+            there = [t.to(kernels.device) for t in (x, A, y, B)]
+            got = functional.apply("layer", *there, None, base=base.to(kernels.device), backend=kernels, **given)
+        assert worst(got.cpu().double(), want.double()) < (1e-5 if dtype == torch.float32 else 2**-7)
+
+
 # ------------------------------------------------------------------------------------------------ what a forward saves
 @pytest.mark.parametrize("name", CASES)
 def test_saved_tensors_are_the_cpu_ops(name, kernels):
