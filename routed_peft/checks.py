@@ -56,7 +56,7 @@ def check_call(
         The options.
 
     Raises:
-        ConditionShapeError, MissingConditionError, ValueError: something does not fit.
+        ConditionShapeError, MissingConditionError, ValueError, TypeError: something does not fit.
     """
     (
         state_of, routing, scaling, scale, pool, activation, residual, dropout_p, condition_p, out_slices, across,

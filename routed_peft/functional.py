@@ -94,6 +94,7 @@ def routed_lora(
     Raises:
         ConditionShapeError: sizes, dtypes or devices do not fit; the text names the argument and both sizes.
         StaleStateError: the state is older than the parameters.
+        TypeError: an argument that is to be a tensor is none.
         UnsupportedError: the chosen backend cannot serve the call.
     """
     return apply(

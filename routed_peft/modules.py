@@ -109,14 +109,16 @@ class RoutedLayer(nn.Module):
                 state = given.states.keep_once(self, dtype, self._encode(rows, given.mask))
             return given if state is None else given._replace(condition=state, mask=None)
         y, mask = given.condition, given.mask
-        if self.training or not isinstance(y, Tensor) or self.computes_projection():
-            return given  # in training mode dropout is drawn at each step
+        if self.training or not isinstance(y, Tensor):  # in training mode dropout is drawn at each step
+            return given
         versions = [None if t is None or t.is_inference() else t._version for t in (y, mask)]
         if not given.states.owned and (y.is_inference() or (mask is not None and mask.is_inference())):
             return given  # somebody may write it, and no version would tell
         key = dtype, versions
         state = given.states.find(self, key)
         if state is None or not state.is_of(*self._projection()[:2]):
+            if self.computes_projection():
+                return given  # no state can be told to be of it
             try:
                 joint = None if given.joint is None else given.joint.state_of(self, dtype)
                 if joint is None:
@@ -158,6 +160,30 @@ class RoutedLayer(nn.Module):
     def condition_p(self) -> float:
         """The dropout probability of the condition, as the layer runs now."""
         raise NotImplementedError
+
+    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
+        """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
+
+        Returns:
+            The state; without dropout. It goes stale when the matrix that projects it changes.
+
+        Raises:
+            UnsupportedError: the condition is in-sequence, or the matrix that projects it is parametrised, so that
+                nothing could tell whether it changed.
+        """
+        self._refuse_in_sequence()
+        if self.computes_projection():
+            raise UnsupportedError(
+                f"{self.label}: what projects the condition is parametrised (torch.nn.utils.parametrize), so nothing "
+                "would tell when a state of it is stale; pass the condition with each call"
+            )
+        return self._encode(condition, condition_mask)
+
+    def _refuse_in_sequence(self) -> None:
+        if self.condition_source == "in_sequence":
+            raise UnsupportedError(
+                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
+            )
 
     def _encode(self, condition: Tensor, mask: Tensor | None) -> ConditionState:
         c, b_c, groups = self._projection()
@@ -326,27 +352,6 @@ class LowRankUpdate(RoutedLayer):
             stacklevel=3,
         )
 
-    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
-        """Encode a condition y [B, M, d_c] or [B, d_c] (mask [B, M]) once, for many calls of this layer.
-
-        Returns:
-            The state; without dropout. It goes stale when the matrix that projects it changes.
-
-        Raises:
-            UnsupportedError: the condition is in-sequence, or the matrix that projects it is parametrised, so that
-                nothing could tell whether it changed.
-        """
-        if self.condition_source == "in_sequence":
-            raise UnsupportedError(
-                f"{self.label}: an in-sequence condition is part of the input and cannot be encoded apart"
-            )
-        if self.computes_projection():
-            raise UnsupportedError(
-                f"{self.label}: what projects the condition is parametrised (torch.nn.utils.parametrize), so nothing "
-                "would tell when a state of it is stale; pass the condition with each call"
-            )
-        return self._encode(condition, condition_mask)
-
     def condition_p(self) -> float:
         """The dropout probability of the condition: none in eval mode, the input's if it has none of its own."""
         p = self.lora_dropout if self.condition_dropout is None else self.condition_dropout
@@ -379,9 +384,11 @@ class LowRankUpdate(RoutedLayer):
                 if isinstance(condition, ConditionState):
                     held = condition
                     held.check_fresh(self.label, self.A if self.C is None else self.C, own=True)
-                elif self.condition_source == "in_sequence":
-                    held = self.encode_condition(condition)  # which refuses
                 else:
+                    self._refuse_in_sequence()
+                    if not isinstance(condition, Tensor):
+                        found = type(condition).__name__
+                        raise TypeError(f"{self.label}: condition must be a Tensor or a ConditionState, got {found}")
                     held = self._encode(condition.to(wide), condition_mask)
                 state = held.tensor.to(wide)
                 if state.shape[0] != 1:
@@ -640,10 +647,6 @@ class RoutedAdapter(RoutedLayer):
             dropout_p=self.condition_p(), own_state=True, backend=self.backend,
         )  # fmt: skip
         return out if given is not None else self._touch(out, self.condition_down, self.condition_bias)
-
-    def encode_condition(self, condition: Tensor, condition_mask: Tensor | None = None) -> ConditionState:
-        """Encode a condition y [B, M, d_c] or [B, d_c] once, for many calls of this layer."""
-        return self._encode(condition, condition_mask)
 
     def condition_p(self) -> float:
         """The dropout probability of the condition: none in eval mode."""

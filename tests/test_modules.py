@@ -591,6 +591,12 @@ def test_a_parametrised_projection_has_no_state():
     with pytest.raises(rp.UnsupportedError, match="parametrised .* pass the condition with each call"):
         layer.encode_condition(Y)
     torch.testing.assert_close(layer.bake(Y[:1])(X), layer(X, Y[:1].expand(2, -1, -1)))
+    adapter = awaken(rp.RoutedAdapter(16, 4, condition_features=DC))
+    parametrizations.weight_norm(adapter, "condition_down")
+    with pytest.raises(rp.UnsupportedError, match="parametrised"):
+        adapter.encode_condition(Y)
+    with pytest.raises(TypeError, match="condition must be a Tensor or a ConditionState, got NoneType"):
+        layer.bake(None)
 
 
 def test_a_pickled_state_is_no_layer_s():

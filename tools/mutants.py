@@ -44,7 +44,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("up_project, not scaled", "up_project.cu", "make_float2(p.scaling * acc[j][2 * h], p.scaling * acc[j][2 * h + 1])",
      "make_float2(acc[j][2 * h], acc[j][2 * h + 1])"),
     ("up_project, the first slice's columns of Z", "up_project.cu", " + place.segment.z_column;", ";"),
-    ("up_project, no residual", "up_project.cu", "        add_bits<T>(sum, p.residual, residual.bits[i]);\n", ""),
+    ("up_project, no residual", "up_project.cu", "        add_bits<T>(sum, p.residual, residual[i]);\n", ""),
     ("up_project, no residual of rows that are not by 16", "up_project.cu",
      "        add_elements<T>(sum, p.residual, row, out_column, count);\n", ""),
     ("up_project, no bias", "up_project.cu", "sum[e] += bias[e];", "sum[e] += 0 * bias[e];"),

@@ -102,20 +102,15 @@ RP_DEVICE void multiply(float (&acc)[kBlockColumns / 8][4], const ZType<T>* z, i
   }
 }
 
-// What some rows of the output are added to, the residual or the base: 16 bytes of each, as loaded.
-template <int kRows>
-struct Added {
-  uint4 bits[kRows];
-};
-
-// The rows `step` apart from the row on, all on their way at once. Behind the last row it is loaded again.
+// 16 bytes of rows `step` apart of what the output is added to, the residual or the base, all on their way at once.
+// Behind the last row it is loaded again.
 template <class T, int kRows>
-RP_DEVICE void load_rows(Added<kRows>& to, const Matrix& m, int64_t row, int step, int64_t rows, int64_t column) {
+RP_DEVICE void load_rows(uint4 (&to)[kRows], const Matrix& m, int64_t row, int step, int64_t rows, int64_t column) {
   if (m.data == nullptr) return;
   RP_UNROLL
   for (int i = 0; i < kRows; ++i) {
     const int64_t at = row + i * step < rows ? row + i * step : rows - 1;
-    to.bits[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(m.data) + at * m.row_stride + column);
+    to[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(m.data) + at * m.row_stride + column);
   }
 }
 
@@ -201,7 +196,7 @@ RP_DEVICE void up_tile(const UpProjectParams& p, const Place& place, const ZType
   if (count <= 0) return;
   const bool by_16 = whole && count == kElements;
   const int64_t out_column = place.column + column;
-  float bias[8] = {};
+  float bias[8] = {};  // kElements of them
   if (p.bias.data != nullptr) {
     const int64_t stride = p.bias.col_stride;
     load_strided(p.bias.data, p.bias.dtype, out_column * stride, stride, 0, count, false, bias);
@@ -210,7 +205,7 @@ RP_DEVICE void up_tile(const UpProjectParams& p, const Place& place, const ZType
   static_assert(kBlockRows % (kStep * kAhead) == 0);
   for (int first = static_cast<int>(threadIdx.x) / kChunks; first < kBlockRows; first += kStep * kAhead) {
     if (first_row + first >= p.rows) break;
-    Added<kAhead> residual, base;
+    uint4 residual[kAhead], base[kAhead];
     if (by_16) {
       load_rows<T>(residual, p.residual, first_row + first, kStep, p.rows, out_column);
       load_rows<T>(base, p.base, first_row + first, kStep, p.rows, out_column);
@@ -226,8 +221,8 @@ RP_DEVICE void up_tile(const UpProjectParams& p, const Place& place, const ZType
       for (int e = 0; e < kElements; ++e) sum[e] += bias[e];
       T* to = static_cast<T*>(p.out.data) + row * p.out.row_stride + out_column;
       if (by_16) {
-        add_bits<T>(sum, p.residual, residual.bits[i]);
-        add_bits<T>(sum, p.base, base.bits[i]);
+        add_bits<T>(sum, p.residual, residual[i]);
+        add_bits<T>(sum, p.base, base[i]);
         T values[kElements];
         RP_UNROLL
         for (int e = 0; e < kElements; ++e) values[e] = from_float<T>(sum[e]);
