@@ -226,7 +226,7 @@ def test_what_was_found_for_a_call_serves_only_its_like(monkeypatch):
                 assert torch.equal(run(changed), out), changed
         with pytest.raises(ConditionShapeError, match="condition_index 2 is out of range for 2 conditions"):
             run(dict(index=torch.tensor([1, 2])))
-    monkeypatch.undo()
+    monkeypatch.setattr(functional, "check_call", checks.check_call)
     with pytest.raises(ConditionShapeError, match="input batch 4 does not match condition batch 2"):
         run(dict(x=torch.randn(4, 5, 6)))  # with gradients these are no beams
 

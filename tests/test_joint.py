@@ -139,6 +139,19 @@ def test_layers_join_that_are_alike_and_the_others_are_as_ever(double, products)
                 trained(apart, batch, y, routed_condition_index=index), rtol=1e-9, atol=1e-12)  # fmt: skip
 
 
+def test_a_parametrised_projection_stays_apart(double):
+    """It is another tensor at every look, so that no state could be told to be its layer's."""
+    joined, apart = pair(llama, lora(["q_proj", "v_proj"]))
+    for model in (joined, apart):
+        layer = model.model.layers[0].self_attn.q_proj
+        nn.utils.parametrizations.weight_norm(layer, "condition_A")
+    y, batch = torch.randn(2, 4, DC), batch_of(llama())
+    for gradients_on in (True, False):
+        with torch.set_grad_enabled(gradients_on):
+            got, want = (output_of(model(**batch, routed_condition=y)) for model in (joined, apart))
+        torch.testing.assert_close(got, want)
+
+
 def test_fused_slices_join(double, products):
     from tiny_models import gpt2
 
