@@ -99,6 +99,8 @@ def configure():
             found = str(torch.__version__)
             if tuple(int(part) for part in found.split(".")[:2]) < TORCH_MINIMUM:
                 raise SystemExit(f"routed_peft needs torch >= {major}.{minor}, not {found}")
+            if os.name == "nt":
+                raise SystemExit("routed_peft's C++ is written for g++ and clang, not for MSVC: on Windows, use WSL")
             super().run()
             # Read when the binary does not load, which is when it cannot speak for itself.
             cuda = None if no_cuda else torch.version.cuda

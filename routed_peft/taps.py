@@ -9,6 +9,7 @@ tap.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -23,11 +24,9 @@ from .joint import JointLayers
 from .state import ConditionState
 
 AUTO = "auto"
-# By config.model_type: which tap, and the parts of the path that end in the module it hooks.
+# By config.model_type: which tap, and the parts of the path that end in the module it hooks. Vision-language models are
+# known by how they are built (`_entry_of`).
 _PRESETS = {
-    "llava": ("entry", "language_model"),
-    "qwen2_vl": ("entry", "language_model"),
-    "paligemma": ("entry", "language_model"),
     "blip-2": ("projection", "language_projection"),
     "bart": ("decoder", "decoder"),
     "t5": ("decoder", "decoder"),
@@ -35,8 +34,10 @@ _PRESETS = {
     "clip": ("output", "vision_model"),
 }
 _INPUTS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids")  # one row for each sample
+_LANGUAGE_MODELS = ("language_model", "text_model")
+_PLACES_IMAGES = ("get_placeholder_mask", "inputs_merger")  # how transformers calls what puts images at their tokens
 _OF_IMAGES = r"(?i)visi|visual|image|img|vit\b|multi_?modal|mm_|project|connector|perceiver|qformer"  # a path's words
-_IMAGES = ("image_embeds", "mm_encoder_outputs")  # beside pixel_values and its variants
+_IMAGES = ("image_embeds", "image_patches", "mm_encoder_outputs")  # beside pixel_values and its variants
 
 
 def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None:
@@ -44,11 +45,12 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
 
     Args:
         model: the model to be attached.
-        tap: "auto" looks the model type up; anything else is the path of the module whose output is the condition.
+        tap: "auto" knows the model by its type or its build; anything else is the path of the module whose output is
+            the condition.
         in_sequence: the layers take their condition from their own input, so that only a mask can be tapped.
 
     Raises:
-        UnsupportedError: "auto" does not know the model type, or the tap cannot serve in-sequence layers.
+        UnsupportedError: "auto" does not know the model, or the tap cannot serve in-sequence layers.
         RoutedPeftError: there is no such module.
     """
     if tap is None:
@@ -56,16 +58,21 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
     kind, path = "output", tap
     if tap == AUTO:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in _PRESETS:
+        entry = _entry_of(model)
+        if model_type in _PRESETS:
+            kind, end = _PRESETS[model_type]
+            found = [f"{prefix}{end}" for prefix in ("", "model.") if _has(model, f"{prefix}{end}")]
+            if not found:
+                raise RoutedPeftError(f"tap='auto': {type(model).__name__} has no module '{end}' or 'model.{end}'")
+            path = found[0]
+        elif entry is not None:
+            kind, path = "entry", entry
+        else:
             raise UnsupportedError(
-                f"tap='auto' knows no tap for model type {model_type!r} (it knows {', '.join(_PRESETS)}); give the "
-                "path of the module whose output is the condition, or pass routed_condition with each call"
+                f"tap='auto' knows no tap for model type {model_type!r} (it knows {', '.join(_PRESETS)}, and models "
+                "that put images at their tokens among the embeddings of a decoder-only language model); give the path "
+                "of the module whose output is the condition, or pass routed_condition with each call"
             )
-        kind, end = _PRESETS[model_type]
-        found = [f"{prefix}{end}" for prefix in ("", "model.") if _has(model, f"{prefix}{end}")]
-        if not found:
-            raise RoutedPeftError(f"tap='auto': {type(model).__name__} has no module '{end}' or 'model.{end}'")
-        path = found[0]
         if kind == "projection" and not model.config.use_decoder_only_language_model:  # type: ignore[union-attr]
             raise UnsupportedError(
                 "tap='auto' serves BLIP-2 with a decoder-only language model; pass routed_condition with each call"
@@ -81,6 +88,33 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
         )
     kinds = {"entry": EntryTap, "projection": ProjectionTap, "decoder": DecoderTap, "output": OutputTap}
     return kinds[kind](model, path, in_sequence)
+
+
+def _entry_of(model: nn.Module) -> str | None:
+    """The language model of a vision-language model that is built as most of transformers' are: the module around it
+    takes ``input_ids``, and puts the images' features at the image tokens among the embeddings. None where the model is
+    not built so, or has a ``generate`` of its own, which need not call that module."""
+    config: Any = getattr(model, "config", None)
+    if not _image_tokens(config) or getattr(config, "is_encoder_decoder", False) or _generates_itself(model):
+        return None
+    for path in (f"{prefix}{end}" for prefix in ("model.", "") for end in _LANGUAGE_MODELS):
+        if _has(model, path):
+            around = model.get_submodule(path.rpartition(".")[0])
+            takes_ids = "input_ids" in inspect.signature(around.forward).parameters
+            if takes_ids and any(hasattr(around, name) for name in _PLACES_IMAGES):
+                return path
+    return None
+
+
+def _image_tokens(config: Any) -> list[int]:
+    """The tokens that stand for a patch of an image or of a video in a model's input."""
+    names = (f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index"))
+    found = (getattr(config, name, None) for name in names)
+    return list(dict.fromkeys(token for token in found if isinstance(token, int)))
+
+
+def _generates_itself(model: nn.Module) -> bool:
+    return getattr(getattr(type(model), "generate", None), "__module__", "").startswith("transformers.models.")
 
 
 def _kind_of(model: nn.Module, path: str) -> tuple[str, str]:
@@ -232,8 +266,7 @@ class EntryTap(LanguageModelTap):
 
     def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
         super().__init__(model, path, in_sequence)
-        config: Any = model.config
-        self.tokens = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        self.tokens = _image_tokens(model.config)
         self.names = list(inspect.signature(self._parent().forward).parameters)
 
     @property
@@ -262,8 +295,7 @@ class EntryTap(LanguageModelTap):
                 f"the tap at '{self.path}' finds the image tokens in input_ids, which this call does not give; "
                 "pass routed_condition"
             )
-        masks = [ids == token for token in self.tokens if token is not None]
-        self.slot.arrival = masks[0] if len(masks) == 1 else masks[0] | masks[1]
+        self.slot.arrival = functools.reduce(torch.logical_or, [ids == token for token in self.tokens])
 
     def depart(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """The call is over."""
@@ -271,9 +303,17 @@ class EntryTap(LanguageModelTap):
 
     def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
         """All embeddings, with the mask of the image tokens."""
-        if self.slot.arrival is None:
+        mask = self.slot.arrival
+        if mask is None:
             return None
-        return (None if self.in_sequence else kwargs["inputs_embeds"]), self.slot.arrival
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or embeds.shape[:2] != mask.shape:
+            got = "none" if embeds is None else tuple(embeds.shape)
+            raise UnsupportedError(
+                f"the tap at '{self.path}' finds the images among the inputs_embeds of a call with input_ids "
+                f"{tuple(mask.shape)}, and got {got}; pass routed_condition"
+            )
+        return (None if self.in_sequence else embeds), mask
 
     def _marked(self, value: Delivered) -> Tensor | None:
         return value.mask
@@ -387,11 +427,8 @@ class OutputTap(Tap):
         self.names = list(inspect.signature(model.forward).parameters)
         can_generate: Any = getattr(model, "can_generate", None)
         self.generates = bool(can_generate is not None and can_generate())
-        config: Any = getattr(model, "config", None)
-        names = [f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index")]
-        found = (getattr(config, name, None) for name in names)
         of_images = re.search(_OF_IMAGES, path) is not None
-        self.tokens = list(dict.fromkeys(token for token in found if isinstance(token, int))) if of_images else []
+        self.tokens = _image_tokens(getattr(model, "config", None)) if of_images else []
 
     @property
     def width(self) -> int | None:

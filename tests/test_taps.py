@@ -567,7 +567,7 @@ def test_towers_are_left_alone_and_detach_restores(make):
 def test_a_tap_that_is_not_there_is_refused():
     model = roberta_classifier()
     with pytest.raises(
-        rp.UnsupportedError, match=r"no tap for model type 'roberta' \(it knows llava, .*routed_condition"
+        rp.UnsupportedError, match=r"no tap for model type 'roberta' \(it knows blip-2, .*routed_condition"
     ):
         rp.attach(model, rp.RoutedLoRAConfig(target_modules=["query"]), tap="auto")
     with pytest.raises(rp.RoutedPeftError, match="tap='encoder.nope': RobertaFor.* has no module of that path"):

@@ -40,6 +40,18 @@ double rounded(double value) {  // by way of float32, as a float64 is read
   return get(one, 0, 0);
 }
 
+// Row by row or column by column; `half`: rounded to bfloat16.
+std::vector<double> numbers(const Matrix& m, bool by_rows, bool half) {
+  std::vector<double> all(static_cast<size_t>(m.rows * m.cols));
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t j = 0; j < m.cols; ++j) {
+      const double value = get(m, i, j);
+      all[size_t(by_rows ? i * m.cols + j : j * m.rows + i)] = half ? rounded(value) : value;
+    }
+  }
+  return all;
+}
+
 struct Factor {
   Tensor tensor;
   std::vector<char> valid;  // empty: all
@@ -52,16 +64,16 @@ struct Factor {
     o.transposed = transposed;
     return o;
   }
-  // As the product sees it, row by row or column by column; `half`: rounded to bfloat16.
+  // As the product sees it.
   std::vector<double> values(bool by_rows, bool half) const {
     const Matrix m = operand().matrix;
-    std::vector<double> all(static_cast<size_t>(m.rows * m.cols));
+    std::vector<double> all = numbers(m, by_rows, half);
     for (int64_t i = 0; i < m.rows; ++i) {
       for (int64_t j = 0; j < m.cols; ++j) {
         const int64_t row = transposed ? j : i, col = transposed ? i : j;
         const double scale = valid.empty() || valid[size_t(row)] ? kept(dropout, row, col) : 0;
-        const double value = scale == 0 ? 0 : get(m, i, j);
-        all[size_t(by_rows ? i * m.cols + j : j * m.rows + i)] = scale * (half ? rounded(value) : value);
+        double& value = all[size_t(by_rows ? i * m.cols + j : j * m.rows + i)];
+        value = scale == 0 ? 0 : scale * value;
       }
     }
     return all;
@@ -132,9 +144,8 @@ void product(Random& random, int64_t m, int64_t n, int64_t k, int64_t base = 0) 
   // factors.
   const auto wrong = [&](const Tensor& got, bool half) -> int64_t {
     const std::vector<double> rows = a.values(true, half), columns = b.values(false, half);
-    const auto number = [&](const Tensor& t, int64_t i, int64_t j) {
-      return half ? rounded(get(t, i, j)) : get(t, i, j);
-    };
+    std::vector<double> more_rows, more_columns;
+    if (e.plus) more_rows = numbers(left, true, half), more_columns = numbers(right, false, half);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) {
         const double* x = rows.data() + i * k;
@@ -147,7 +158,7 @@ void product(Random& random, int64_t m, int64_t n, int64_t k, int64_t base = 0) 
         const double scale = e.alpha * kept(e.mask, i, j);
         sum *= scale, size *= std::abs(scale);
         for (int64_t l = 0; e.plus && l < more; ++l) {
-          const double term = number(left, i, l) * number(right, l, j);
+          const double term = more_rows[size_t(i * more + l)] * more_columns[size_t(j * more + l)];
           sum += term, size += std::abs(term);
         }
         for (const double term : {e.bias ? get(e.bias, 0, j) : 0, e.residual ? get(e.residual, i, j) : 0,
