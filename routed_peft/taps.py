@@ -9,6 +9,7 @@ tap.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -35,9 +36,12 @@ _PRESETS = {
 }
 _INPUTS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids")  # one row for each sample
 _LANGUAGE_MODELS = ("language_model", "text_model")
-_PLACES_IMAGES = ("get_placeholder_mask", "inputs_merger")  # how transformers calls what puts images at their tokens
+_MEDIA = ("image", "video", "audio")
 _OF_IMAGES = r"(?i)visi|visual|image|img|vit\b|multi_?modal|mm_|project|connector|perceiver|qformer"  # a path's words
-_IMAGES = ("image_embeds", "image_patches", "mm_encoder_outputs")  # beside pixel_values and its variants
+# Arguments of models that bring images or audio, beside pixel_values and its variants.
+_FEATURES = (
+    "image_embeds", "image_patches", "mm_encoder_outputs", "input_features", "input_values", "audio_input_ids",
+)  # fmt: skip
 
 
 def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None:
@@ -70,8 +74,9 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
         else:
             raise UnsupportedError(
                 f"tap='auto' knows no tap for model type {model_type!r} (it knows {', '.join(_PRESETS)}, and models "
-                "that put images at their tokens among the embeddings of a decoder-only language model); give the path "
-                "of the module whose output is the condition, or pass routed_condition with each call"
+                "with transformers' own generate that put images or audio at their tokens among the embeddings of a "
+                "decoder-only language model); give the path of the module whose output is the condition, or pass "
+                "routed_condition with each call"
             )
         if kind == "projection" and not model.config.use_decoder_only_language_model:  # type: ignore[union-attr]
             raise UnsupportedError(
@@ -91,30 +96,43 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
 
 
 def _entry_of(model: nn.Module) -> str | None:
-    """The language model of a vision-language model that is built as most of transformers' are: the module around it
-    takes ``input_ids``, and puts the images' features at the image tokens among the embeddings. None where the model is
-    not built so, or has a ``generate`` of its own, which need not call that module."""
+    """The language model of a vision- or audio-language model that is built as most of transformers' are: the module
+    around it takes ``input_ids`` and images or audio, and scatters their features to their tokens among the embeddings.
+    None where the model is not built so (what it does in deeper layers, or not at all, is no condition at the entry),
+    or has a ``generate`` of its own, which need not call that module."""
     config: Any = getattr(model, "config", None)
-    if not _image_tokens(config) or getattr(config, "is_encoder_decoder", False) or _generates_itself(model):
+    if not _tokens_of(config, _MEDIA) or getattr(config, "is_encoder_decoder", False) or _generates_itself(model):
         return None
     for path in (f"{prefix}{end}" for prefix in ("model.", "") for end in _LANGUAGE_MODELS):
         if _has(model, path):
-            around = model.get_submodule(path.rpartition(".")[0])
-            takes_ids = "input_ids" in inspect.signature(around.forward).parameters
-            if takes_ids and any(hasattr(around, name) for name in _PLACES_IMAGES):
+            around, inner = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
+            names = inspect.signature(around.forward).parameters
+            takes = "input_ids" in names and any(map(_is_medium, names))
+            apart = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+            if takes and not apart and _scatters(around):
                 return path
     return None
 
 
-def _image_tokens(config: Any) -> list[int]:
-    """The tokens that stand for a patch of an image or of a video in a model's input."""
-    names = (f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index"))
-    found = (getattr(config, name, None) for name in names)
-    return list(dict.fromkeys(token for token in found if isinstance(token, int)))
+def _scatters(module: nn.Module) -> bool:
+    """Whether its code puts features among embeddings; no code to be read is none that does."""
+    for part in type(module).__mro__:
+        with contextlib.suppress(OSError, TypeError):
+            if "masked_scatter(" in inspect.getsource(part):
+                return True
+    return False
+
+
+def _tokens_of(config: Any, media: tuple[str, ...]) -> dict[str, int]:
+    """The token that stands for a part of each of ``media`` in a model's input, where it has one."""
+    names = [(kind, f"{kind}_token_{word}") for kind in media for word in ("index", "id")]
+    return {kind: token for kind, name in names if isinstance(token := getattr(config, name, None), int)}
 
 
 def _generates_itself(model: nn.Module) -> bool:
-    return getattr(getattr(type(model), "generate", None), "__module__", "").startswith("transformers.models.")
+    """Whether generate, or its loop, is the model's own; a user's may well call transformers'."""
+    own = (getattr(getattr(type(model), name, None), "__module__", "") for name in ("generate", "_sample"))
+    return any(module.startswith(("transformers.models.", "transformers_modules.")) for module in own)
 
 
 def _kind_of(model: nn.Module, path: str) -> tuple[str, str]:
@@ -219,8 +237,8 @@ class Tap:
 
     def _refuse_late(self) -> None:
         raise UnsupportedError(
-            f"the tap at '{self.path}' was given images when the cache already held tokens, which were routed "
-            "without them (a prefill in chunks, or a later turn); pass routed_condition with every call"
+            f"the tap at '{self.path}' was given a condition when the cache already held tokens, which were routed "
+            "without it (a prefill in chunks, or a later turn); pass routed_condition with every call"
         )
 
 
@@ -258,21 +276,21 @@ class LanguageModelTap(Tap):
 
 
 class EntryTap(LanguageModelTap):
-    """At the entry of the language model, where image features stand among the embeddings.
+    """At the entry of the language model, where features of images or of audio stand among the embeddings.
 
-    The condition is the embeddings at the image tokens, as all embeddings [B, N, d] and a mask [B, N]: nothing has to
+    The condition is the embeddings at their tokens, as all embeddings [B, N, d] and a mask [B, N]: nothing has to
     wait for the device, and samples may have different numbers of images. In-sequence layers get the mask alone.
     """
 
     def __init__(self, model: nn.Module, path: str, in_sequence: bool) -> None:
         super().__init__(model, path, in_sequence)
-        self.tokens = _image_tokens(model.config)
+        self.tokens = _tokens_of(model.config, _MEDIA)
         self.names = list(inspect.signature(self._parent().forward).parameters)
 
     @property
     def description(self) -> str:
         """Kind and place."""
-        return f"image tokens at the entry of '{self.path}'"
+        return f"{', '.join(self.tokens)} tokens at the entry of '{self.path}'"
 
     def install(self, slot: Slot, joint: JointLayers | None = None) -> None:
         """Hook the language model, and the model around it, which knows the tokens."""
@@ -284,25 +302,25 @@ class EntryTap(LanguageModelTap):
         return self.model.get_submodule(self.path.rpartition(".")[0])
 
     def arrive(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Note where the image tokens of this call are; nothing if it brings no image."""
+        """Note where the tokens of this call's images or audio are; nothing if it brings none."""
         self.slot.arrival = None
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self.slot.held().explicit or not any(_is_image(name, value) for name, value in call.items()):
+        if self.slot.held().explicit or not any(_brings(name, value) for name, value in call.items()):
             return
         ids = call.get("input_ids")
         if ids is None:
             raise UnsupportedError(
-                f"the tap at '{self.path}' finds the image tokens in input_ids, which this call does not give; "
-                "pass routed_condition"
+                f"the tap at '{self.path}' finds the {', '.join(self.tokens)} tokens in input_ids, which this call "
+                "does not give; pass routed_condition"
             )
-        self.slot.arrival = functools.reduce(torch.logical_or, [ids == token for token in self.tokens])
+        self.slot.arrival = functools.reduce(torch.logical_or, [ids == token for token in self.tokens.values()])
 
     def depart(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         """The call is over."""
         self.slot.arrival = None
 
     def find(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None] | None:
-        """All embeddings, with the mask of the image tokens."""
+        """All embeddings, with the mask of those tokens."""
         mask = self.slot.arrival
         if mask is None:
             return None
@@ -310,7 +328,7 @@ class EntryTap(LanguageModelTap):
         if embeds is None or embeds.shape[:2] != mask.shape:
             got = "none" if embeds is None else tuple(embeds.shape)
             raise UnsupportedError(
-                f"the tap at '{self.path}' finds the images among the inputs_embeds of a call with input_ids "
+                f"the tap at '{self.path}' finds the condition among the inputs_embeds of a call with input_ids "
                 f"{tuple(mask.shape)}, and got {got}; pass routed_condition"
             )
         return (None if self.in_sequence else embeds), mask
@@ -428,7 +446,7 @@ class OutputTap(Tap):
         can_generate: Any = getattr(model, "can_generate", None)
         self.generates = bool(can_generate is not None and can_generate())
         of_images = re.search(_OF_IMAGES, path) is not None
-        self.tokens = _image_tokens(getattr(model, "config", None)) if of_images else []
+        self.tokens = [*_tokens_of(getattr(model, "config", None), ("image", "video")).values()] if of_images else []
 
     @property
     def width(self) -> int | None:
@@ -532,9 +550,13 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def _is_image(name: str, value: Any) -> bool:
-    """Whether a model's argument brings images (or video); generate passes an empty mapping where there are none."""
-    if not (name.startswith("pixel_values") or name in _IMAGES):
+def _is_medium(name: str) -> bool:
+    return name.startswith("pixel_values") or name in _FEATURES
+
+
+def _brings(name: str, value: Any) -> bool:
+    """Whether a model's argument brings images, video or audio; generate passes an empty mapping where none are."""
+    if not _is_medium(name):
         return False
     return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
 

@@ -556,7 +556,7 @@ def test_a_path_s_condition_is_remembered(counted):
     assert torch.equal(beams, torch.cat(one))
     with torch.no_grad():
         cache = model(**batch).past_key_values
-        with pytest.raises(rp.UnsupportedError, match="given images when the cache already held tokens"):
+        with pytest.raises(rp.UnsupportedError, match="given a condition when the cache already held tokens"):
             model(**batch, past_key_values=cache)
 
 

@@ -362,7 +362,7 @@ def test_images_for_a_cache_that_holds_tokens_raise():
     batch = batch_of(model)
     with torch.no_grad():
         cache = model(**batch).past_key_values
-        with pytest.raises(rp.UnsupportedError, match="given images when the cache already held tokens"):
+        with pytest.raises(rp.UnsupportedError, match="given a condition when the cache already held tokens"):
             model(**batch, past_key_values=cache)
         y = torch.randn(2, 3, D)
         model(**batch, past_key_values=cache, routed_condition=y)  # what is given needs no tap

@@ -1,4 +1,4 @@
-"""Vision-language models that tap="auto" knows by how they are built: tiny ones, with random weights."""
+"""Vision- and audio-language models that tap="auto" knows by how they are built: tiny ones, with random weights."""
 
 import inspect
 
@@ -6,7 +6,19 @@ import pytest
 import torch
 import transformers as tf
 from generating import assert_same, generate, uncached
-from tiny_models import CLIP_VISION, IMAGE, SMALL, D, awaken, gradients, image_batch, llava, output_of
+from tiny_models import (
+    CLIP_VISION,
+    IMAGE,
+    SMALL,
+    D,
+    awaken,
+    bart,
+    gradients,
+    image_batch,
+    llama,
+    llava,
+    output_of,
+)
 
 import routed_peft as rp
 
@@ -29,7 +41,7 @@ def text(model_type, **more):
     return {**TEXT, "model_type": model_type, **more}
 
 
-# A family: a model, and the pixels of `count` images with what goes along.
+# A family: a model, and the pixels of `count` images (or as many recordings) with what goes along.
 def patches(count):
     return {"pixel_values": torch.randn(16 * count, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * count)}
 
@@ -197,15 +209,40 @@ def fuyu():
     return tf.FuyuForCausalLM(config), lambda count: {"image_patches": torch.randn(count, 4, 192)}
 
 
+LISTENS = {
+    "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_bins": 8,
+    "max_source_positions": 16,
+}  # fmt: skip
+
+
+def voxtral():
+    config = tf.VoxtralConfig(text_config=text("llama"), audio_config=LISTENS, audio_token_id=IMAGE)
+    return tf.VoxtralForConditionalGeneration(config), lambda count: {"input_features": torch.randn(count, 8, 32)}
+
+
+def audioflamingo3():
+    config = tf.AudioFlamingo3Config(text_config=text("qwen2"), audio_config=LISTENS, audio_token_id=IMAGE)
+
+    def recordings(count):
+        mask = torch.ones(count, 32, dtype=torch.long)
+        return {"input_features": torch.randn(count, 8, 32), "input_features_mask": mask}
+
+    return tf.AudioFlamingo3ForConditionalGeneration(config), recordings
+
+
 FAMILIES = [
     qwen2_5_vl, qwen3_vl, qwen3_5, glm4v, llava_next, llava_onevision, vipllava, internvl, smolvlm, idefics3, gemma3,
-    mistral3, aya_vision, cohere2_vision, ovis2, lfm2_vl, fuyu,
+    mistral3, aya_vision, cohere2_vision, ovis2, lfm2_vl, fuyu, voxtral,
+    audioflamingo3,
 ]  # fmt: skip
 
 
 @torch.no_grad()
 def features_of(model, pixels):
     """The features [tokens, D] of each image, as they stand among the embeddings."""
+    if "input_features" in pixels:
+        found = model.model.get_audio_features(*pixels.values(), return_dict=True).pooler_output
+        return [*found.reshape(len(pixels["input_features"]), -1, D)]
     out = model.model.get_image_features(*pixels.values(), return_dict=True)
     images = out.last_hidden_state if out.pooler_output is None else out.pooler_output  # the former in a Fuyu
     return [image.reshape(-1, D) for image in images]
@@ -312,6 +349,52 @@ def test_a_model_of_another_build_is_not_known(make):
     """One whose generate does not call the model around its language model, and one of cross-attention."""
     with pytest.raises(rp.UnsupportedError, match=f"no tap for model type '{make.__name__}'"):
         rp.attach(make(), rp.RoutedLoRAConfig(target_modules=["q_proj"]), tap="auto")
+
+
+class Bare(torch.nn.Module):
+    """Has all but what puts the images among the embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.language_model = llava().config, llama().model
+
+    def forward(self, input_ids=None, pixel_values=None):
+        return self.language_model(inputs_embeds=self.embedded(input_ids, pixel_values))
+
+    def embedded(self, input_ids, pixel_values):
+        return self.language_model.embed_tokens(input_ids)
+
+
+class Full(Bare):
+    def embedded(self, input_ids, pixel_values):
+        embeds = super().embedded(input_ids, None)
+        return embeds.masked_scatter((input_ids == IMAGE)[..., None], pixel_values)
+
+
+class WithoutPixels(Full):
+    def forward(self, input_ids=None):
+        return super().forward(input_ids)
+
+
+class WithEncoder(Full):
+    def __init__(self):
+        super().__init__()
+        self.language_model = bart().model
+
+
+class WithItsOwnLoop(Full):
+    def _sample(self):
+        raise NotImplementedError
+
+    _sample.__module__ = "transformers.models.its_own"
+
+
+def test_what_a_model_must_have_to_be_known():
+    config = rp.RoutedLoRAConfig(target_modules=["q_proj"], r=4)
+    assert rp.attach(Full(), config, tap="auto").tap == "image tokens at the entry of 'language_model'"
+    for kind in (Bare, WithoutPixels, WithEncoder, WithItsOwnLoop):
+        with pytest.raises(rp.UnsupportedError, match="no tap for model type 'llava'"):
+            rp.attach(kind(), config, tap="auto")
 
 
 class Unlike(tf.LlavaModel):

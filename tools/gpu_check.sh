@@ -8,12 +8,13 @@
 #
 # Each builds the extension in place first, for this GPU alone. Needs, already there: PYTHON (python3) with torch for
 # CUDA, numpy, transformers, safetensors, setuptools, pybind11, ninja, pytest, and for bench pytest-benchmark and
-# matplotlib; nvcc and compute-sanitizer on PATH or in CUDA_HOME. RESULTS is another folder for the benchmarks' report. No setting of the GPU is touched.
+# matplotlib; nvcc and compute-sanitizer on PATH or in CUDA_HOME. RESULTS is another folder for the benchmarks' report,
+# SECONDS_EACH a part's limit. No setting of the GPU is touched.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
-SECONDS_EACH=470 # a part's limit, its build included
+SECONDS_EACH=${SECONDS_EACH:-470} # a part's limit, its build included
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 failed=()
 
