@@ -25,12 +25,10 @@ from .joint import JointLayers
 from .state import ConditionState
 
 AUTO = "auto"
-# By config.model_type: which tap, and the parts of the path that end in the module it hooks. Vision-language models are
-# known by how they are built (`_entry_of`).
+# By config.model_type: which tap, and the parts of the path that end in the module it hooks. Others are known by how they
+# are built (`_entry_of`, `_decoder_of`).
 _PRESETS = {
     "blip-2": ("projection", "language_projection"),
-    "bart": ("decoder", "decoder"),
-    "t5": ("decoder", "decoder"),
     "vision-text-dual-encoder": ("output", "vision_model"),
     "clip": ("output", "vision_model"),
 }
@@ -62,21 +60,22 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
     kind, path = "output", tap
     if tap == AUTO:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        entry = _entry_of(model)
         if model_type in _PRESETS:
             kind, end = _PRESETS[model_type]
             found = [f"{prefix}{end}" for prefix in ("", "model.") if _has(model, f"{prefix}{end}")]
             if not found:
                 raise RoutedPeftError(f"tap='auto': {type(model).__name__} has no module '{end}' or 'model.{end}'")
             path = found[0]
-        elif entry is not None:
+        elif (entry := _entry_of(model)) is not None:
             kind, path = "entry", entry
+        elif (decoder := _decoder_of(model)) is not None:
+            kind, path = "decoder", decoder
         else:
             raise UnsupportedError(
-                f"tap='auto' knows no tap for model type {model_type!r} (it knows {', '.join(_PRESETS)}, and models "
-                "with transformers' own generate that put images or audio at their tokens among the embeddings of a "
-                "decoder-only language model); give the path of the module whose output is the condition, or pass "
-                "routed_condition with each call"
+                f"tap='auto' knows no tap for model type {model_type!r} (it knows {', '.join(_PRESETS)}, "
+                "encoder-decoders, and models with transformers' own generate that put images or audio at their tokens "
+                "among the embeddings of a decoder-only language model); give the path of the module whose output is "
+                "the condition, or pass routed_condition with each call"
             )
         if kind == "projection" and not model.config.use_decoder_only_language_model:  # type: ignore[union-attr]
             raise UnsupportedError(
@@ -112,6 +111,16 @@ def _entry_of(model: nn.Module) -> str | None:
             if takes and not apart and _scatters(around):
                 return path
     return None
+
+
+def _decoder_of(model: nn.Module) -> str | None:
+    """The decoder of an encoder-decoder, which is called with the encoder's states; None where there is none."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    decoder: Any = model.get_decoder()
+    if decoder is model or "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+        return None
+    return next(name for name, module in model.named_modules() if module is decoder)
 
 
 def _scatters(module: nn.Module) -> bool:
@@ -381,9 +390,9 @@ class DecoderTap(Tap):
 
     @property
     def width(self) -> int | None:
-        """One for encoder and decoder, in the models that are known."""
-        config: Any = self.model.config
-        return _width_in(config) if config.model_type in _PRESETS else None
+        """One for encoder and decoder, where the model has but one."""
+        width = getattr(self.model.config, "d_model", None)
+        return width if isinstance(width, int) else None
 
     @property
     def description(self) -> str:
