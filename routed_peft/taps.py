@@ -25,8 +25,8 @@ from .joint import JointLayers
 from .state import ConditionState
 
 AUTO = "auto"
-# By config.model_type: which tap, and the parts of the path that end in the module it hooks. Others are known by how they
-# are built (`_entry_of`, `_decoder_of`).
+# By config.model_type: which tap, and the parts of the path that end in the module it hooks. Other models are known by
+# how they are built (`_entry_of`, `_decoder_of`).
 _PRESETS = {
     "blip-2": ("projection", "language_projection"),
     "vision-text-dual-encoder": ("output", "vision_model"),

@@ -59,7 +59,9 @@ def vision_encoder_decoder():
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8,
         **NO_DROPOUT,
     )  # fmt: skip
-    decoder = tf.BertConfig(**{**SMALL, "num_hidden_layers": 1}, **NO_DROPOUT, is_decoder=True, add_cross_attention=True)
+    decoder = tf.BertConfig(
+        **{**SMALL, "num_hidden_layers": 1}, **NO_DROPOUT, is_decoder=True, add_cross_attention=True
+    )
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.pad_token_id, config.decoder_start_token_id = 0, 1
     return tf.VisionEncoderDecoderModel(config=config), pictures
