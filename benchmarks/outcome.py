@@ -74,9 +74,11 @@ class Result:
 
 # ---- files
 
+RATES = ("copy bandwidth, GB/s", "products, GFLOP/s")  # facts of the machine that every run measures
+
 
 def load(paths: list[Path]) -> Result:
-    result = Result({}, [], {}, [])
+    result, said = Result({}, [], {}, []), []
     for path in paths:
         raw = json.loads(path.read_text())
         part = Result({}, [], raw.get("shapes", {}), [])
@@ -87,6 +89,7 @@ def load(paths: list[Path]) -> Result:
         if result.facts and facts.get("command") not in result.facts["command"].split("; "):
             result.facts["command"] += f"; {facts['command']}"
         result.facts = result.facts or facts
+        said.append(facts)
         result.notes += [note for note in raw.get("notes", []) if note not in result.notes]
         part.rows = [row_of(bench, part.shapes) if "stats" in bench else bench for bench in raw["benchmarks"]]
         result.shapes |= part.shapes
@@ -109,7 +112,16 @@ def load(paths: list[Path]) -> Result:
                     known[key][peer]["runs"] += row["runs"]
     for row in result.of_kind("layer"):
         row |= spread([time for run in row["runs"] for time in run])
+    for rate in RATES:
+        result.facts |= {rate: middle([facts[rate] for facts in said if rate in facts])} if rate in result.facts else {}
     return result
+
+
+def middle(values: list) -> float | dict:
+    """The median of numbers, or of each number in dicts."""
+    if not isinstance(values[0], dict):
+        return round(statistics.median(values), 1)
+    return {key: middle([value[key] for value in values if key in value]) for key in values[0]}
 
 
 def cell_of(row: dict) -> tuple[str, ...]:

@@ -350,8 +350,11 @@ def test_several_runs_count_by_their_medians(tmp_path):
     for path, times in zip(files, (0.9, 0.9, 0.95, 1.0, 1.1, 1.2), strict=True):
         count = 30 if times < 1 else 7
         aten = [times * 1e-3] * (count - 1) + [5e-3]
-        outcome.write_json(made_up(routed_peft=[1e-3] * count, eager=[2e-3] * count, aten=aten), path)
+        run = made_up(routed_peft=[1e-3] * count, eager=[2e-3] * count, aten=aten)
+        run.facts |= {"copy bandwidth, GB/s": 10 * times, "products, GFLOP/s": {"float32": 100 * times}}
+        outcome.write_json(run, path)
     result = outcome.load(files)
+    assert result.facts["copy bandwidth, GB/s"] == 9.8 and result.facts["products, GFLOP/s"] == {"float32": 97.5}
     (group,) = result.groups().values()
     assert outcome.ratio(group, "aten") == pytest.approx((0.975, 0.9, 1.2))
     assert outcome.lost(result, "aten") == {}
