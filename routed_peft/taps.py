@@ -115,12 +115,14 @@ def _entry_of(model: nn.Module) -> str | None:
 
 def _decoder_of(model: nn.Module) -> str | None:
     """The decoder of an encoder-decoder, which is called with the encoder's states; None where there is none."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    if get_decoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    decoder: Any = model.get_decoder()
+    decoder = get_decoder()
     if decoder is model or "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
         return None
-    return next(name for name, module in model.named_modules() if module is decoder)
+    paths = [name for name, module in model.named_modules() if module is decoder]
+    return paths[0] if paths else None
 
 
 def _scatters(module: nn.Module) -> bool:
