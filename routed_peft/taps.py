@@ -35,6 +35,7 @@ _PRESETS = {
 _INPUTS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids")  # one row for each sample
 _LANGUAGE_MODELS = ("language_model", "text_model")
 _MEDIA = ("image", "video", "audio")
+_SCATTERS = ("masked_scatter(", "def inputs_merger(")  # the latter in SmolVLM before transformers 5.24
 _OF_IMAGES = r"(?i)visi|visual|image|img|vit\b|multi_?modal|mm_|project|connector|perceiver|qformer"  # a path's words
 # Arguments of models that bring images or audio, beside pixel_values and its variants.
 _FEATURES = (
@@ -129,7 +130,8 @@ def _scatters(module: nn.Module) -> bool:
     """Whether its code puts features among embeddings; no code to be read is none that does."""
     for part in type(module).__mro__:
         with contextlib.suppress(OSError, TypeError):
-            if "masked_scatter(" in inspect.getsource(part):
+            source = inspect.getsource(part)
+            if any(word in source for word in _SCATTERS):
                 return True
     return False
 
