@@ -35,7 +35,7 @@ _PRESETS = {
 _INPUTS = ("inputs_embeds", "input_ids", "decoder_inputs_embeds", "decoder_input_ids")  # one row for each sample
 _LANGUAGE_MODELS = ("language_model", "text_model")
 _MEDIA = ("image", "video", "audio")
-_SCATTERS = ("masked_scatter(", "def inputs_merger(")  # the latter in SmolVLM before transformers 5.24
+_SCATTERS = ("masked_scatter(", "def inputs_merger(")  # the latter in SmolVLM of transformers 5.20
 _OF_IMAGES = r"(?i)visi|visual|image|img|vit\b|multi_?modal|mm_|project|connector|perceiver|qformer"  # a path's words
 # Arguments of models that bring images or audio, beside pixel_values and its variants.
 _FEATURES = (
@@ -98,8 +98,8 @@ def find_tap(model: nn.Module, tap: str | None, in_sequence: bool) -> Tap | None
 def _entry_of(model: nn.Module) -> str | None:
     """The language model of a vision- or audio-language model that is built as most of transformers' are: the module
     around it takes ``input_ids`` and images or audio, and scatters their features to their tokens among the embeddings.
-    None where the model is not built so (what it does in deeper layers, or not at all, is no condition at the entry),
-    or has a ``generate`` of its own, which need not call that module."""
+    None where the model is not built so (one may add features in deeper layers, and have none at the entry), or has a
+    ``generate`` of its own, which need not call that module."""
     config: Any = getattr(model, "config", None)
     if not _tokens_of(config, _MEDIA) or getattr(config, "is_encoder_decoder", False) or _generates_itself(model):
         return None

@@ -376,6 +376,11 @@ class WithoutPixels(Full):
         return super().forward(input_ids)
 
 
+class OfAudio(Full):
+    def forward(self, input_ids=None, input_values=None):
+        return super().forward(input_ids, input_values)
+
+
 class WithEncoder(Full):
     def __init__(self):
         super().__init__()
@@ -391,20 +396,27 @@ class WithItsOwnLoop(Full):
 
 def test_what_a_model_must_have_to_be_known():
     config = rp.RoutedLoRAConfig(target_modules=["q_proj"], r=4)
-    assert rp.attach(Full(), config, tap="auto").tap == "image tokens at the entry of 'language_model'"
+    for kind in (Full, OfAudio):
+        assert rp.attach(kind(), config, tap="auto").tap == "image tokens at the entry of 'language_model'"
     for kind in (Bare, WithoutPixels, WithEncoder, WithItsOwnLoop):
         with pytest.raises(rp.UnsupportedError, match="no tap for model type 'llava'"):
             rp.attach(kind(), config, tap="auto")
 
 
-class Unlike(tf.LlavaModel):
+class WithoutEmbeddings(tf.LlavaModel):
     def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **more):
         return self.language_model(input_ids=input_ids, attention_mask=attention_mask)
 
 
-def test_a_language_model_that_is_not_given_embeddings_has_no_images():
+class Longer(tf.LlavaModel):
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **more):
+        return self.language_model(inputs_embeds=self.get_input_embeddings()(torch.cat([input_ids] * 2, 1)))
+
+
+@pytest.mark.parametrize("kind, got", [(WithoutEmbeddings, "none"), (Longer, r"\(2, 22, 32\)")])
+def test_a_language_model_that_is_not_given_the_prompt_s_embeddings_has_no_images(kind, got):
     model = llava()
-    model.model.__class__ = Unlike
+    model.model.__class__ = kind
     rp.attach(model, rp.RoutedLoRAConfig(target_modules=["q_proj"], r=4), tap="auto")
-    with pytest.raises(rp.UnsupportedError, match=r"inputs_embeds of a call with input_ids \(2, 11\), and got none"):
+    with pytest.raises(rp.UnsupportedError, match=rf"a call with input_ids \(2, 11\), and got {got}; pass"):
         model(**image_batch(model))
