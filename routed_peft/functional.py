@@ -26,6 +26,7 @@ from .checks import (
     check_condition,
     check_devices,
     check_mask,
+    check_present,
     check_routing,
     check_tensors,
     check_vector,
@@ -138,6 +139,8 @@ def routed_linear(
     Raises:
         As :func:`routed_lora`.
     """
+    if W is None:  # apply() would give the update alone
+        raise TypeError("routed_linear: W must be a Tensor, got None")
     return apply("routed_linear", x, A, state_or_y, B, C, W=W, bias=bias, routing=routing, scaling=scaling, **options)
 
 
@@ -235,9 +238,8 @@ def encode_condition(
     check_routing(routing, scale, backend)
     if routing == "none":
         raise ValueError(f"{name}: routing 'none' has no condition to encode")
-    check_tensors(name, condition=y, C=C, b_C=b_C, condition_mask=mask)
-    if y is None:
-        raise TypeError(f"{name}: condition must be a Tensor, got None")
+    check_tensors(name, b_C=b_C, condition_mask=mask)
+    check_present(name, condition=y, C=C)
     pool = resolve_pool(routing, pool)
     y = check_condition(name, y, C, None, shared=False)
     check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)

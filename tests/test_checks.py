@@ -135,6 +135,18 @@ def test_what_is_no_tensor_is_named(argument):
             functional.encode_condition(given["y"], given["c"], routing="mul", mask=given["mask"])
 
 
+def test_what_is_missing_is_named():
+    calls = {
+        "routed_lora: A": lambda: functional.routed_lora(X, None, Y, B, C, routing="mul", scaling=1.0),
+        "routed_lora: B": lambda: functional.routed_lora(X, A, Y, None, C, routing="mul", scaling=1.0),
+        "routed_linear: W": lambda: functional.routed_linear(X, None, None, Y, A, B, C, routing="mul", scaling=1.0),
+        "encode_condition: C": lambda: functional.encode_condition(Y, None, routing="mul"),
+    }
+    for argument, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{argument} must be a Tensor, got None$"):
+            call()
+
+
 @pytest.mark.parametrize(
     "options, text",
     [

@@ -26,8 +26,9 @@ constexpr int64_t kStreams = 32, kPanelsAhead = 2;
 constexpr int64_t kShort = 256, kShortColumns = 512;
 constexpr int64_t kWidest = 512;        // columns of a block of few rows
 constexpr int64_t kWidestLying = 2048;  // and of one that reads b as it lies
-// Of a block of so few rows that lays out rows of b for tiles: to read b takes longer than to multiply by it.
-constexpr int64_t kWidestRuns = 1024, kRunsRows = 128;
+// Of a block of so few rows that lays out rows of b: to read b takes about as long as to multiply by it. It has no more
+// than kRunsSums sums, which stay near.
+constexpr int64_t kWidestRuns = 1024, kRunsRows = 256, kRunsSums = 1 << 17;
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
@@ -47,8 +48,8 @@ struct Blocking {
   int64_t pieces() const { return row_blocks * column_blocks; }
 };
 
-// The longer the rows of b in a block are the better where b is read as it lies (`lies`), or row by row to be laid out
-// for tiles (`runs`).
+// The longer the rows of b in a block are the better where b is read as it lies (`lies`), or laid out row by row
+// (`runs`).
 Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies, bool runs) {
   const int64_t wanted = threads > 1 && !lies ? kPieces * threads : threads, even = lies ? 32 : kBlockColumns;
   Blocking grid{};
@@ -67,15 +68,16 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies, b
     grid.rows = m > kWide ? kBlockRows : shared ? spread(m, (m + threads - 1) / threads) : m;
     grid.columns = grid.near = n;
   } else {  // large both ways: what is laid out of b serves many rows
-    // Wide ones for few rows, because of which only b's memory counts, and how often a page of it is looked up.
+    // Wide ones for few rows, for which b's memory counts, and how often a page of it is looked up.
     const bool few_runs = runs && m <= kRunsRows;
     const int64_t widest = lies             ? kWidestLying
-                           : few_runs       ? kWidestRuns
+                           : few_runs       ? std::min(kWidestRuns, kRunsSums / m)
                            : m < kBlockRows ? kWidest
                                             : kWide,
                   row_blocks = (m + kManyRows - 1) / kManyRows, least = few_runs ? threads : wanted;
     const int64_t fair = up((n * row_blocks + least - 1) / least, even);
-    grid.columns = grid.near = std::min(fair, widest);
+    grid.columns = std::min(fair, widest);
+    grid.near = few_runs ? std::min(grid.columns, kWide) : grid.columns;
     const int64_t column_blocks = (n + grid.columns - 1) / grid.columns;
     // More pieces of fewer rows, only where threads would wait: each block of rows lays out its part of b again.
     const auto enough = [&](int64_t parts) {
@@ -117,7 +119,7 @@ int64_t strip_rows(int64_t left, int64_t step) {
 // The sums as they stand: alpha and the mask are of the first product alone where a second one follows.
 template <class Acc>
 void scale_sums(int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld, const Epilogue& e) {
-  const Dropout* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
+  const Mask* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     isa<Acc>().finish(sums + i * ld, cols, static_cast<Acc>(e.alpha), mask, i0 + i, j0, nullptr, nullptr, false,
                       accumulated_dtype<Acc>(), sums + i * ld);
@@ -142,32 +144,39 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   Unit* tile = tile_scratch.get(tile_size);
   Epilogue last = e;
   if (e.plus) last.alpha = 1, last.mask = {};
-  for (int64_t j0 = left; j0 < right; j0 += grid.near) {
-    const int64_t cols = std::min(grid.near, right - j0), ld = up(cols, set.lanes);
-    Acc* sums = sum_scratch.get(up(rows, row_step) * ld);
-    const bool empty = factors.a.matrix.cols == 0;
-    if (empty) std::fill_n(sums, up(rows, row_step) * ld, Acc{0});
-    const auto finish_rows = [&](int64_t i, int64_t n) {
-      Acc* const strip = sums + i * ld;
-      if (!turned) return finish(out, i0 + i, j0, n, cols, strip, ld, last);
-      const int64_t width = up(n, set.lanes);
-      Acc* const lines = turned_scratch.get(ld * width);
-      for (int64_t row = 0; row < n; row += set.lanes) set.turn(strip + row * ld, ld, ld, lines + row, width);
-      finish(out.transposed(), j0, i0 + i, cols, n, lines, width, last);
-    };
-    for (const Factors* f = &factors; f != nullptr; f = f == e.plus ? nullptr : e.plus) {
-      if (f == e.plus) scale_sums(i0, j0, rows, cols, sums, ld, e);
-      const bool final = f == e.plus || !e.plus;
-      const int64_t k = f->a.matrix.cols;
-      const Unit* const all_panels = laid[f == e.plus];
-      const bool lies = all_panels == nullptr && reads_in_place<Format>(out, *f);
-      const int64_t lying = lies ? cols / wide * wide : 0;  // columns whose panels are read as they lie
-      const bool large = lies && plan::worth_lines(f->b.matrix.cols, k);
-      const int64_t step = large ? kStreams : kDepth;
-      const bool keep = !e.plus && k <= step;  // there is one step, and a's tile serves all columns
-      for (int64_t k0 = 0; k0 < k; k0 += step) {
-        const int64_t depth = std::min(step, k - k0), units = units_of<Format>(depth);
-        const bool add = empty || f == e.plus || k0 > 0;
+  const auto lies = [&](const Factors& f) { return laid[&f == e.plus] == nullptr && reads_in_place<Format>(out, f); };
+  const auto large = [&](const Factors& f) { return lies(f) && plan::worth_lines(f.b.matrix.cols, f.b.matrix.rows); };
+  const auto step_of = [&](const Factors& f) { return large(f) ? kStreams : kDepth; };
+  // One step of k: then the sums of the columns at hand are all there are at a time.
+  const bool once = !e.plus && factors.a.matrix.cols <= step_of(factors);
+  const int64_t padded_rows = up(rows, row_step), width = right - left;
+  Acc* const all_sums = sum_scratch.get(padded_rows * up(once ? std::min(grid.near, width) : width, set.lanes));
+  const auto finish_block = [&](Acc* sums, int64_t j0, int64_t cols) {
+    const int64_t ld = up(cols, set.lanes), line = up(rows, set.lanes);
+    if (!turned) return finish(out, i0, j0, rows, cols, sums, ld, last);
+    Acc* const lines = turned_scratch.get(ld * line);
+    for (int64_t row = 0; row < rows; row += set.lanes) set.turn(sums + row * ld, ld, ld, lines + row, line);
+    finish(out.transposed(), j0, i0, cols, rows, lines, line, last);
+  };
+  for (const Factors* f = &factors; f != nullptr; f = f == e.plus ? nullptr : e.plus) {
+    const bool second = f == e.plus, final = second || !e.plus, empty = factors.a.matrix.cols == 0;
+    const int64_t k = f->a.matrix.cols;
+    const Unit* const all_panels = laid[second];
+    const int64_t step = step_of(*f);
+    // Columns within steps of k: what rows of b a step needs are read to the block's end while their pages are known.
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += step) {
+      const int64_t depth = std::min(step, k - k0), units = units_of<Format>(depth);
+      const bool add = empty || second || k0 > 0;
+      for (int64_t j0 = left; j0 < right; j0 += grid.near) {
+        const int64_t cols = std::min(grid.near, right - j0), ld = up(cols, set.lanes);
+        Acc* const sums = all_sums + (once ? 0 : padded_rows * (j0 - left));
+        if (empty && !second) std::fill_n(sums, padded_rows * ld, Acc{0});
+        if (second && k0 == 0) scale_sums(i0, j0, rows, cols, sums, ld, e);
+        if (k == 0) {
+          if (final) finish_block(sums, j0, cols);
+          continue;
+        }
+        const int64_t lying = lies(*f) ? cols / wide * wide : 0;  // columns whose panels are read as they lie
         const Unit *panels = nullptr, *in_place = nullptr;
         if (all_panels != nullptr) {
           panels = all_panels + laid_at<Acc, Format>(j0, cols, k0, k);
@@ -179,29 +188,25 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
           const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, row_step);
-          if (!keep || j0 == left) {
+          if (j0 == left || near_rows < rows) {
             a = read_rows<Acc, Format>(f->a, k0, i0 + part, depth, part_rows, padded, cols, tile);
           }
-          for (int64_t i = 0, taken; i < padded; i += taken) {
-            taken = strip_rows(padded - i, row_step);
-            const int64_t real = std::min(taken, part_rows - i);
-            Acc* strip = sums + (part + i) * ld;
-            const bool done = final && k0 + depth == k;
-            for (int64_t j = 0; j < ld; j += wide) {
-              const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
-              const Unit* panel = j < lying ? in_place + j : panels + (j - lying) * units;
-              const int64_t panel_row = j < lying ? f->b.matrix.row_stride : vectors * set.lanes;
-              if (large && i == 0 && j + kPanelsAhead * wide < lying) {
-                expect(f->b.matrix, k0, j0 + j + kPanelsAhead * wide, depth, wide);
-              }
-              Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col, panel, panel_row,
-                                                               add, strip + j, ld);
+          for (int64_t j = 0; j < ld; j += wide) {  // a panel stays in the nearest cache while rows go past it
+            const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
+            const Unit* panel = j < lying ? in_place + j : panels + (j - lying) * units;
+            const int64_t panel_row = j < lying ? f->b.matrix.row_stride : vectors * set.lanes;
+            if (large(*f) && j + kPanelsAhead * wide < lying) {
+              expect(f->b.matrix, k0, j0 + j + kPanelsAhead * wide, depth, wide);
             }
-            if (done) finish_rows(part + i, real);
+            for (int64_t i = 0, taken; i < padded; i += taken) {
+              taken = strip_rows(padded - i, row_step);
+              Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col, panel, panel_row,
+                                                               add, sums + (part + i) * ld + j, ld);
+            }
           }
         }
+        if (final && k0 + depth == k) finish_block(sums, j0, cols);
       }
-      if (final && k == 0) finish_rows(0, rows);
     }
   }
 }
@@ -226,7 +231,7 @@ template <class Acc, class Format>
 void blocked(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e, bool turned = false) {
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
   const bool lies = reads_in_place<Format>(out, e.plus ? *e.plus : factors);
-  const bool runs = Format::unit_step() > 1 && !lines_are_columns((e.plus ? *e.plus : factors).b);
+  const bool runs = !lies && !lines_are_columns((e.plus ? *e.plus : factors).b);
   const Blocking grid = blocking(out.rows, out.cols, k, host != nullptr ? host->threads() : 1, lies, runs);
   Array<typename Format::Unit> laid[2];
   const bool narrow = !lies && (!e.plus || turned) && std::min(out.cols, k) <= kWide && out.cols * k <= kLaid;

@@ -164,10 +164,18 @@ void library() {
     };
     CHECK(goes(4096, 192, 1024), "a large product");
     CHECK(goes(200, 200, k) && !goes(200, 200, k - 1), "the limit");
-    CHECK(!goes(1 << 20, 7, 768) && goes(1 << 20, 8, 768), "thin");
+    const int64_t thin = processor.library_leads && dtype == Dtype::kFloat32 ? 64 : 7;
+    CHECK(!goes(1 << 20, thin, 768) && goes(1 << 20, thin + 1, 768), "thin");
     CHECK(!goes(7, 768, 1 << 20) && !goes(768, 1 << 20, 7), "thin");
     CHECK(!goes(0, 64, 64) && !goes(64, 64, 0), "empty");
     CHECK(goes(1 << 24, 1 << 24, 1 << 24), "more than 2^63 products");
+  }
+  for (const int64_t r : {16, 32, 33, 64, 65}) {  // T, G and dB have r columns; up and dX are r deep; dA has r rows
+    const bool goes = plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 768, r);
+    CHECK(goes == (r <= 32 || r > 64), "a product %d deep", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 2048, r, 768) == (r > 64), "%d columns", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, r, 768, 2048), "a gradient of %d rows", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat64, kIntel, 2048, r, 768), "%d columns of float64", int(r));
   }
   for (const plan::Processor processor : {kTiles, kIntel}) {
     const auto goes = [processor = processor](int64_t m, int64_t n, int64_t k) {
