@@ -3,8 +3,8 @@
 // backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
 // The base layer's product comes last and accumulates, so that no second full-size tensor exists; or, where it is ours
 // and the route is not rank-one, in one pass with the update's. What is rank-wide (T, Z, G, dT, V) lives in Acc, or in
-// bfloat16 where the input is of it and only products take it; beside it a backward keeps the bits of x's mask, which it
-// needs twice, and nothing else between the steps.
+// bfloat16 where the input is of it and only products take it; beside it a backward keeps the bits of x's mask, which
+// it needs twice, and nothing else between the steps.
 #include "cpu/routed.h"
 
 #include <algorithm>
