@@ -119,7 +119,7 @@ int64_t strip_rows(int64_t left, int64_t step) {
 // The sums as they stand: alpha and the mask are of the first product alone where a second one follows.
 template <class Acc>
 void scale_sums(int64_t i0, int64_t j0, int64_t rows, int64_t cols, Acc* sums, int64_t ld, const Epilogue& e) {
-  const Mask* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
+  const Dropout* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     isa<Acc>().finish(sums + i * ld, cols, static_cast<Acc>(e.alpha), mask, i0 + i, j0, nullptr, nullptr, false,
                       accumulated_dtype<Acc>(), sums + i * ld);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/host.h"
-#include "cpu/isa.h"
 
 namespace routed_peft::cpu {
 
@@ -11,12 +10,12 @@ namespace routed_peft::cpu {
 // columns where `transposed` says that the factor is that tensor turned over.
 struct Operand {
   Matrix matrix;
-  Mask dropout{};               // threshold 0: none
+  Dropout dropout{};            // threshold 0: none
   const bool* valid = nullptr;  // [tensor rows]: rows that are not are read as zeros, whatever they hold
   bool transposed = false;
 
   Operand(const Matrix& m) : matrix(m) {}
-  Operand(const Matrix& m, const Mask& d, const bool* v = nullptr) : matrix(m), dropout(d), valid(v) {}
+  Operand(const Matrix& m, const Dropout& d, const bool* v = nullptr) : matrix(m), dropout(d), valid(v) {}
   Operand turned() const {
     Operand t = *this;
     t.matrix = matrix.transposed();
@@ -35,7 +34,7 @@ struct Epilogue {
   bool accumulate = false;        // + out
   Matrix bias;                    // + bias [1, n]
   Matrix residual;                // + residual [m, n]
-  Mask mask{};                    // ∘ dropout mask of out as a tensor, before everything but alpha
+  Dropout mask{};                 // ∘ dropout mask of out as a tensor, before everything but alpha
   const Factors* plus = nullptr;  // + plus->a plus->b, plain, of any depth: what saves a second pass over out
   bool ours = false;              // not the host's library, whatever plan.h says of a product of this size
   bool in_bfloat16 = false;  // both factors may be rounded to bfloat16, as eager would; the sum still is in float32

@@ -277,12 +277,12 @@ void dots(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, in
   dots_of(std::make_integer_sequence<int, 16>(), a, lda, b, k, c, ldc);
 }
 
-void mask_run(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Mask& mask, uint16_t* to) {
-  const Keys keys(mask);
+void mask_run(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, uint16_t* to) {
+  const Keys keys(dropout);
   for (int64_t done = 0; done < n;) {
     const int64_t first = (column + done) % 64;
     const int64_t count = n - done < 64 - first ? n - done : 64 - first;
-    const uint64_t bits = kept(mask, keys, row, (column + done) / 64) >> first;
+    const uint64_t bits = kept(dropout, keys, row, (column + done) / 64) >> first;
     for (int64_t i = 0; i < count; i += 32) {
       const __mmask32 lanes = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
       const __m512i kept_numbers = _mm512_maskz_loadu_epi16(lanes & static_cast<__mmask32>(bits >> i), run + done + i);
@@ -298,24 +298,24 @@ inline __m512 from_half(__m256i numbers) {
 
 // Loops<float>::finish with the processor's own rounding to bfloat16, which makes zeros of what is below 2^-126, as its
 // products do.
-void finish(const float* sum, int64_t n, float alpha, const Mask* mask, int64_t row, int64_t column, const float* bias,
-            const void* residual, bool accumulate, Dtype dtype, void* out) {
+void finish(const float* sum, int64_t n, float alpha, const Dropout* dropout, int64_t row, int64_t column,
+            const float* bias, const void* residual, bool accumulate, Dtype dtype, void* out) {
   if (dtype != Dtype::kBFloat16) {
-    return Loops<float>::finish(sum, n, alpha, mask, row, column, bias, residual, accumulate, dtype, out);
+    return Loops<float>::finish(sum, n, alpha, dropout, row, column, bias, residual, accumulate, dtype, out);
   }
   uint16_t* const target = static_cast<uint16_t*>(out);
   const uint16_t* const added = static_cast<const uint16_t*>(residual);
   std::optional<Keys> keys;
-  if (mask) keys.emplace(*mask);
-  const __m512 factor = _mm512_set1_ps(alpha), scale = _mm512_set1_ps(mask ? float(mask->scale()) : 1);
+  if (dropout) keys.emplace(*dropout);
+  const __m512 factor = _mm512_set1_ps(alpha), scale = _mm512_set1_ps(dropout ? float(dropout->scale()) : 1);
   for (int64_t done = 0; done < n;) {
-    const int64_t first = mask ? (column + done) % 64 : 0, count = n - done < 64 - first ? n - done : 64 - first;
-    const uint64_t bits = mask ? kept(*mask, *keys, row, (column + done) / 64) >> first : ~uint64_t{0};
+    const int64_t first = dropout ? (column + done) % 64 : 0, count = n - done < 64 - first ? n - done : 64 - first;
+    const uint64_t bits = dropout ? kept(*dropout, *keys, row, (column + done) / 64) >> first : ~uint64_t{0};
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 lanes = first_of(count - i);
       const int64_t j = done + i;
       __m512 value = _mm512_mul_ps(factor, _mm512_maskz_loadu_ps(lanes, sum + j));
-      if (mask) value = _mm512_maskz_mul_ps(static_cast<__mmask16>(bits >> i), value, scale);
+      if (dropout) value = _mm512_maskz_mul_ps(static_cast<__mmask16>(bits >> i), value, scale);
       if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + j));
       if (added) value = _mm512_add_ps(value, from_half(_mm256_maskz_loadu_epi16(lanes, added + j)));
       if (accumulate) value = _mm512_add_ps(value, from_half(_mm256_maskz_loadu_epi16(lanes, target + j)));

@@ -8,15 +8,6 @@
 
 namespace routed_peft::cpu {
 
-// A dropout mask as loops take it: drawn as they go, or before, for a caller that reads it more than once.
-struct Mask : Dropout {
-  const uint64_t* drawn = nullptr;  // [rows][words]: bit j % 64 of word j / 64 is whether column j is kept
-  int64_t words = 0;
-
-  Mask() = default;
-  Mask(const Dropout& dropout) : Dropout(dropout) {}
-};
-
 // Acc is float, or double where the tensors are.
 template <class Acc>
 struct Isa {
@@ -44,12 +35,10 @@ struct Isa {
   // Acc.
   void (*turn)(const void* from, int64_t ld, int64_t n, void* to, int64_t to_ld);
   // to = columns [column, column + n) of a row, which may be `to`, dropped and scaled.
-  void (*drop)(const Acc* run, int64_t row, int64_t column, int64_t n, const Mask& mask, Acc* to);
-  // The bits of a row's first n columns, as Mask has them.
-  void (*draw)(int64_t row, int64_t n, const Dropout& dropout, uint64_t* to);
+  void (*drop)(const Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, Acc* to);
   // out = alpha · sum, dropped, + bias + residual (+ out), each of which may be absent; n contiguous columns.
-  void (*finish)(const Acc* sum, int64_t n, Acc alpha, const Mask* mask, int64_t row, int64_t column, const Acc* bias,
-                 const void* residual, bool accumulate, Dtype dtype, void* out);
+  void (*finish)(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
+                 const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out);
   // c [rows, 4] (leading dimension ldc) = a [rows, k] bᵀ for four rows of b, of Acc or bfloat16; rows is 1, 2 or 4.
   void (*dots)(int64_t rows, const Acc* a, int64_t lda, const void* const* b, Dtype dtype, int64_t k, Acc* c,
                int64_t ldc);
@@ -73,7 +62,7 @@ struct Isa {
     // dots of bfloat16 alone.
     void (*dots)(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, int64_t k, Acc* c, int64_t ldc);
     // to = a run of bfloat16, which may be `to`, dropped and not scaled.
-    void (*mask)(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Mask& mask, uint16_t* to);
+    void (*mask)(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, uint16_t* to);
   } half;
 };
 

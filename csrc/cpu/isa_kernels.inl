@@ -43,7 +43,7 @@ inline Words philox(const Dropout& dropout, const Keys& keys, int64_t row, int64
 }
 
 // Bit j: column 64 block + j is kept.
-inline uint64_t draw(const Dropout& dropout, const Keys& keys, int64_t row, int64_t block) {
+inline uint64_t kept(const Dropout& dropout, const Keys& keys, int64_t row, int64_t block) {
   if (dropout.threshold >= 65536) return 0;
   const uint16_t limit = static_cast<uint16_t>(dropout.threshold);
 #if RP_VECTOR_BYTES == 64
@@ -65,16 +65,6 @@ inline uint64_t draw(const Dropout& dropout, const Keys& keys, int64_t row, int6
   }
   return at_least(random, limit);
 #endif
-}
-
-// The same of a mask, drawn now or before.
-inline uint64_t kept(const Mask& mask, const Keys& keys, int64_t row, int64_t block) {
-  return mask.drawn != nullptr ? mask.drawn[row * mask.words + block] : draw(mask, keys, row, block);
-}
-
-inline void draw_row(int64_t row, int64_t n, const Dropout& dropout, uint64_t* to) {
-  const Keys keys(dropout);
-  for (int64_t block = 0; 64 * block < n; ++block) to[block] = draw(dropout, keys, row, block);
 }
 
 template <class Acc>
@@ -213,28 +203,28 @@ struct Loops {
     for (; i < n; ++i, bits >>= 1) to[i] = bits & 1 ? run[i] * scale : Acc{0};
   }
 
-  static void drop(const Acc* run, int64_t row, int64_t column, int64_t n, const Mask& mask, Acc* to) {
-    drop_by(Keys(mask), run, row, column, n, mask, to);
+  static void drop(const Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, Acc* to) {
+    drop_by(Keys(dropout), run, row, column, n, dropout, to);
   }
 
-  static void drop_by(const Keys& keys, const Acc* run, int64_t row, int64_t column, int64_t n, const Mask& mask,
+  static void drop_by(const Keys& keys, const Acc* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout,
                       Acc* to) {
-    const Acc scale = static_cast<Acc>(mask.scale());
+    const Acc scale = static_cast<Acc>(dropout.scale());
     for (int64_t done = 0; done < n;) {
       const int64_t first = (column + done) % 64;
       const int64_t count = n - done < 64 - first ? n - done : 64 - first;
-      select(run + done, count, kept(mask, keys, row, (column + done) / 64) >> first, scale, to + done);
+      select(run + done, count, kept(dropout, keys, row, (column + done) / 64) >> first, scale, to + done);
       done += count;
     }
   }
 
-  static void finish(const Acc* sum, int64_t n, Acc alpha, const Mask* mask, int64_t row, int64_t column,
+  static void finish(const Acc* sum, int64_t n, Acc alpha, const Dropout* dropout, int64_t row, int64_t column,
                      const Acc* bias, const void* residual, bool accumulate, Dtype dtype, void* out) {
     if (residual == nullptr && !accumulate && element_size(dtype) == sizeof(Acc) &&
-        (mask == nullptr || (alpha == 1 && bias == nullptr))) {
+        (dropout == nullptr || (alpha == 1 && bias == nullptr))) {
       Acc* target = static_cast<Acc*>(out);  // the most frequent cases, without a line in between
-      if (mask != nullptr) {
-        drop(sum, row, column, n, *mask, target);
+      if (dropout != nullptr) {
+        drop(sum, row, column, n, *dropout, target);
       } else if (bias != nullptr) {
         for (int64_t j = 0; j < n; ++j) target[j] = alpha * sum[j] + bias[j];
       } else {
@@ -245,7 +235,7 @@ struct Loops {
     alignas(64) Acc line[kChunk], other[kChunk];
     const int64_t size = element_size(dtype);
     std::optional<Keys> keys;
-    if (mask != nullptr) keys.emplace(*mask);
+    if (dropout != nullptr) keys.emplace(*dropout);
     for (int64_t j = 0; j < n; j += kChunk) {
       const int64_t count = n - j < kChunk ? n - j : kChunk;
       const auto each = [&](const auto& body) {  // with a fixed count, unrolled, where it is one
@@ -256,11 +246,11 @@ struct Loops {
         }
       };
       void* target = static_cast<char*>(out) + j * size;
-      if (bias != nullptr && mask == nullptr) {
+      if (bias != nullptr && dropout == nullptr) {
         each([&](int64_t i) { line[i] = alpha * sum[j + i] + bias[j + i]; });
       } else {
         each([&](int64_t i) { line[i] = alpha * sum[j + i]; });
-        if (mask != nullptr) drop_by(*keys, line, row, column + j, count, *mask, line);
+        if (dropout != nullptr) drop_by(*keys, line, row, column + j, count, *dropout, line);
         if (bias != nullptr) each([&](int64_t i) { line[i] += bias[j + i]; });
       }
       if (residual != nullptr) {
@@ -386,7 +376,6 @@ struct Loops {
             lay_lines,
             turn,
             drop,
-            draw_row,
             finish,
             dots,
             dot,

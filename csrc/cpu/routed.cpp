@@ -3,8 +3,7 @@
 // backward: G = s dOut B̂ -> dB = s dOutᵀ Z -> dT, dstate -> dC, dY -> dA = dTᵀ X̃, dX = mask ∘ dT A -> dX += dOut W
 // The base layer's product comes last and accumulates, so that no second full-size tensor exists; or, where it is ours
 // and the route is not rank-one, in one pass with the update's. What is rank-wide (T, Z, G, dT, V) lives in Acc, or in
-// bfloat16 where the input is of it and only products take it; beside it a backward keeps the bits of x's mask, which
-// it needs twice, and nothing else between the steps.
+// bfloat16 where the input is of it and only products take it; nothing else is kept between the steps.
 #include "cpu/routed.h"
 
 #include <algorithm>
@@ -316,14 +315,11 @@ void backward_as(const Host& host, const Problem& p, const Backward& io) {
     }
   }
   if (!rank_one) {
-    Mask drop_x = p.drop_x;
-    Array<uint64_t> bits;
-    if (drop_x.threshold != 0 && io.da && io.dx) bits = draw(host, &drop_x, rows, p.x.cols);
-    if (io.da) gemm<Acc>(host, io.da, dt.transposed(), Operand(p.x, drop_x), product(p));
+    if (io.da) gemm<Acc>(host, io.da, dt.transposed(), Operand(p.x, p.drop_x), product(p));
     if (io.db_down) column_sums<Acc>(host, io.db_down, dt, false);
     if (io.dx) {
       Epilogue masked = product(p);
-      masked.mask = drop_x;
+      masked.mask = p.drop_x;
       if (p.residual) masked.residual = io.dout;
       std::optional<Factors> base;
       if (together) base = {io.dout, p.weight};

@@ -7,7 +7,7 @@
 namespace routed_peft::cpu {
 
 template <class Acc>
-void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to, const Mask& dropout) {
+void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to, const Dropout& dropout) {
   const Isa<Acc>& set = isa<Acc>();
   const bool lies = m.col_stride == 1 || n == 1, drops = dropout.threshold != 0;
   if (drops && lies && m.dtype == accumulated_dtype<Acc>()) {
@@ -37,7 +37,7 @@ void finish(const Matrix& out, int64_t i0, int64_t j0, int64_t rows, int64_t col
   thread_local Scratch<Acc> bias_scratch, other_scratch;
   Acc* bias = e.bias ? bias_scratch.get(cols) : nullptr;
   if (bias) load_row(e.bias, 0, j0, cols, bias);
-  const Mask* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
+  const Dropout* mask = e.mask.threshold != 0 ? &e.mask : nullptr;
   const Acc alpha = static_cast<Acc>(e.alpha);
   const bool straight =
       out.col_stride == 1 && (!e.residual || (e.residual.dtype == out.dtype && e.residual.col_stride == 1));
@@ -104,18 +104,8 @@ void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accu
   });
 }
 
-Array<uint64_t> draw(const Host& host, Mask* mask, int64_t rows, int64_t cols) {
-  mask->words = (cols + 63) / 64;
-  Array<uint64_t> bits(rows * mask->words);
-  parallel(host, rows, double(rows * cols), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) isa<float>().draw(row, cols, *mask, bits.get() + row * mask->words);
-  });
-  mask->drawn = bits.get();
-  return bits;
-}
-
 #define RP_INSTANTIATE(Acc)                                                                     \
-  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*, const Mask&);     \
+  template void load_row<Acc>(const Matrix&, int64_t, int64_t, int64_t, Acc*, const Dropout&);  \
   template void store_row<Acc>(const Acc*, const Matrix&, int64_t, int64_t, int64_t);           \
   template void fill_rows<Acc>(const Host&, const Matrix&, const Matrix&, const Matrix&);       \
   template void column_sums<Acc>(const Host&, const Matrix&, const Matrix&, bool, const bool*); \

@@ -13,12 +13,9 @@ void fill_rows(const Host& host, const Matrix& out, const Matrix& bias, const Ma
 template <class Acc>
 void column_sums(const Host& host, const Matrix& out, const Matrix& a, bool accumulate, const bool* valid = nullptr);
 
-// Draws a mask of rows × cols, a bit a number, and has it read from what is returned from now on.
-Array<uint64_t> draw(const Host& host, Mask* mask, int64_t rows, int64_t cols);
-
 // A row of a matrix, or a part of it, as Acc, dropped and scaled; and back. Any column stride.
 template <class Acc>
-void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to, const Mask& dropout = {});
+void load_row(const Matrix& m, int64_t row, int64_t column, int64_t n, Acc* to, const Dropout& dropout = {});
 template <class Acc>
 void store_row(const Acc* from, const Matrix& m, int64_t row, int64_t column, int64_t n);
 

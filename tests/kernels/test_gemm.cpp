@@ -16,7 +16,6 @@ namespace {
 
 using cpu::Epilogue;
 using cpu::Factors;
-using cpu::Mask;
 using cpu::Operand;
 
 constexpr int64_t kSizes[] = {0, 1, 7, 8, 9, 16, 31, 33, 64, 65, 96, 127, 129, 255, 257, 300, 320};
@@ -56,8 +55,7 @@ std::vector<double> numbers(const Matrix& m, bool by_rows, bool half) {
 struct Factor {
   Tensor tensor;
   std::vector<char> valid;  // empty: all
-  Mask dropout{};
-  cpu::Array<uint64_t> drawn{};  // what the mask may be read from
+  Dropout dropout{};
   bool transposed = false;
 
   Operand operand() const {
@@ -87,11 +85,8 @@ Factor factor(Random& random, Dtype dtype, int64_t rows, int64_t cols) {
   f.transposed = random.coin();
   f.tensor =
       Tensor(dtype, f.transposed ? cols : rows, f.transposed ? rows : cols, static_cast<Layout>(random.below(4)));
-  if (random.below(3) == 0) {
-    f.dropout = Dropout{random.bits(), kThresholds[random.below(3)], static_cast<uint32_t>(random.below(2))};
-    const Matrix m = f.tensor;
-    if (random.coin()) f.drawn = cpu::draw(host(random.below(4)), &f.dropout, m.rows, m.cols);
-  }
+  if (random.below(3) == 0)
+    f.dropout = {random.bits(), kThresholds[random.below(3)], static_cast<uint32_t>(random.below(2))};
   if (random.below(3) == 0) {
     f.valid.resize(static_cast<size_t>(f.tensor.matrix().rows) + 1);
     for (char& v : f.valid) v = random.coin();
@@ -122,11 +117,7 @@ void product(Random& random, int64_t m, int64_t n, int64_t k, int64_t base = 0) 
     residual.fill([&](int64_t, int64_t) { return random.uniform(); });
     e.residual = residual;
   }
-  cpu::Array<uint64_t> drawn;
-  if (random.below(3) == 0 && base == 0) {
-    e.mask = Dropout{random.bits(), kThresholds[random.below(3)], 0};
-    if (random.coin()) drawn = cpu::draw(host(random.below(4)), &e.mask, m, n);
-  }
+  if (random.below(3) == 0 && base == 0) e.mask = {random.bits(), kThresholds[random.below(3)], 0};
   const int64_t more = base > 0 ? base : kSizes[random.below(kSizeCount)];
   const auto factor_of_second = [&](int64_t rows, int64_t cols, Layout layout) {
     return base > 0 ? Tensor(Dtype::kBFloat16, rows, cols, layout)

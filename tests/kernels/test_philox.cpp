@@ -105,7 +105,7 @@ std::vector<bool> mask(uint64_t seed, uint32_t stream, uint32_t threshold, int64
   std::vector<float> run(static_cast<size_t>(cols));
   for (int64_t row = first_row; row < first_row + rows; ++row) {
     std::fill(run.begin(), run.end(), 1.0f);
-    cpu::isa<float>().drop(run.data(), row, 0, cols, Dropout{seed, threshold, stream}, run.data());
+    cpu::isa<float>().drop(run.data(), row, 0, cols, {seed, threshold, stream}, run.data());
     for (const float value : run) keeps.push_back(value != 0);
   }
   return keeps;
