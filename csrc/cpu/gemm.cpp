@@ -28,7 +28,7 @@ constexpr int64_t kWidest = 512;        // columns of a block of few rows
 constexpr int64_t kWidestLying = 2048;  // and of one that reads b as it lies
 // Of a block of so few rows that lays out rows of b: to read b takes about as long as to multiply by it. It has no more
 // than kRunsSums sums, which stay near.
-constexpr int64_t kWidestRuns = 1024, kRunsRows = 256, kRunsSums = 1 << 17;
+constexpr int64_t kWidestRuns = 1024, kRunsSums = 1 << 17;
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
@@ -69,7 +69,7 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies, b
     grid.columns = grid.near = n;
   } else {  // large both ways: what is laid out of b serves many rows
     // Wide ones for few rows, for which b's memory counts, and how often a page of it is looked up.
-    const bool few_runs = runs && m <= kRunsRows;
+    const bool few_runs = runs && m <= kWide;
     const int64_t widest = lies             ? kWidestLying
                            : few_runs       ? std::min(kWidestRuns, kRunsSums / m)
                            : m < kBlockRows ? kWidest
@@ -188,7 +188,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
           const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, row_step);
-          if (j0 == left || near_rows < rows) {
+          if (j0 == left) {  // a tile serves all parts of the columns; where there are several tiles, there is one part
             a = read_rows<Acc, Format>(f->a, k0, i0 + part, depth, part_rows, padded, cols, tile);
           }
           for (int64_t j = 0; j < ld; j += wide) {  // a panel stays in the nearest cache while rows go past it
