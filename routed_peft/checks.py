@@ -65,7 +65,7 @@ def check_call(
     x, A, B, condition, C, W, bias, b_down, b_C, base = tensors
     mask, index, input_mask, cu_seqlens, condition_cu_seqlens, seed = others
     check_present(name, A=A, B=B)
-    check_tensors(name, condition=condition, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
+    check_tensors(name, A=A, B=B, condition=condition, C=C, W=W, bias=bias, b_down=b_down, b_C=b_C, base=base,
                   condition_mask=mask, condition_index=index, input_mask=input_mask, cu_seqlens=cu_seqlens,
                   condition_cu_seqlens=condition_cu_seqlens, seed=seed)  # fmt: skip
     assert x is not None and A is not None and B is not None
@@ -235,11 +235,10 @@ def check_tensors(name: str, **tensors: object) -> None:
 
 
 def check_present(name: str, **tensors: object) -> None:
-    """Every one of the named arguments is a tensor."""
+    """None of the named arguments is absent."""
     for argument, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            given = "None" if tensor is None else type(tensor).__name__
-            raise TypeError(f"{name}: {argument} must be a Tensor, got {given}")
+        if tensor is None:
+            raise TypeError(f"{name}: {argument} must be a Tensor, got None")
 
 
 def check_devices(name: str, x: Tensor, what: str = "layer input", **tensors: Tensor | None) -> None:

@@ -238,8 +238,8 @@ def encode_condition(
     check_routing(routing, scale, backend)
     if routing == "none":
         raise ValueError(f"{name}: routing 'none' has no condition to encode")
-    check_tensors(name, b_C=b_C, condition_mask=mask)
     check_present(name, condition=y, C=C)
+    check_tensors(name, condition=y, C=C, b_C=b_C, condition_mask=mask)
     pool = resolve_pool(routing, pool)
     y = check_condition(name, y, C, None, shared=False)
     check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)

@@ -162,6 +162,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
     const bool second = f == e.plus, final = second || !e.plus, empty = factors.a.matrix.cols == 0;
     const int64_t k = f->a.matrix.cols;
     const Unit* const all_panels = laid[second];
+    const bool lying_rows = lies(*f), ahead = large(*f);  // b's rows are read as they lie; and asked for ahead
     const int64_t step = step_of(*f);
     // Columns within steps of k: what rows of b a step needs are read to the block's end while their pages are known.
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += step) {
@@ -176,7 +177,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           if (final) finish_block(sums, j0, cols);
           continue;
         }
-        const int64_t lying = lies(*f) ? cols / wide * wide : 0;  // columns whose panels are read as they lie
+        const int64_t lying = lying_rows ? cols / wide * wide : 0;  // columns whose panels are read as they lie
         const Unit *panels = nullptr, *in_place = nullptr;
         if (all_panels != nullptr) {
           panels = all_panels + laid_at<Acc, Format>(j0, cols, k0, k);
@@ -195,7 +196,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
             const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
             const Unit* panel = j < lying ? in_place + j : panels + (j - lying) * units;
             const int64_t panel_row = j < lying ? f->b.matrix.row_stride : vectors * set.lanes;
-            if (large(*f) && j + kPanelsAhead * wide < lying) {
+            if (ahead && j + kPanelsAhead * wide < lying) {
               expect(f->b.matrix, k0, j0 + j + kPanelsAhead * wide, depth, wide);
             }
             for (int64_t i = 0, taken; i < padded; i += taken) {

@@ -76,7 +76,7 @@ struct Processor {
   bool native_bfloat16 = false;  // products of bfloat16 pairs, which the library uses
   bool outruns_library = false;  // 512-bit arithmetic at full width, of which the library uses half
   bool tiles = false;            // products of bfloat16 tiles (AMX)
-  bool library_leads = false;    // Intel: the library's products of float32 and float64 are as fast as ours, or faster
+  bool library_leads = false;    // Intel: in float32 and float64 the library is faster on most rank-wide shapes too
 };
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
