@@ -233,26 +233,30 @@ def _forward_fake(
     if not save:
         return out, nothing, nothing.clone(), nothing.clone()
     rows, width = x.numel() // x.shape[-1], A.shape[0]
+    batch = samples if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state, kept, kind = nothing.clone(), nothing.clone(), "none"
     if source == SOURCES["state"]:
         assert condition is not None
-        kind = "vector" if condition.dim() == 2 else "other"
+        kind, shape = "vector" if condition.dim() == 2 else "other", [*condition.shape]
     elif source != SOURCES["none"]:
         y, cu = condition, condition_cu_seqlens
         if source == SOURCES["in_sequence"]:
-            y, cu = x.new_empty([samples, rows // samples, x.shape[-1]]) if cu_seqlens is None else x, cu_seqlens
+            y, cu = x, cu_seqlens
+            if cu is None:
+                y = x.new_empty([samples, rows // samples if samples else 0, x.shape[-1]])
         assert y is not None
         kind, shape = state_shape(y, width, cu, routing, pool, groups)
         through_v = False
         if save == 2 and kind == "vector":
             kept = y.new_empty([shape[0], y.shape[-1]], dtype=_accumulate(x.dtype))
         elif save == 2 and kind == "matrix" and source == SOURCES["tokens"]:
-            tokens, batch = y.numel() // y.shape[-1], samples if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            tokens = y.numel() // y.shape[-1]
             kept = y.new_empty([tokens, width])
             through_v = not _through_state(batch, shape[0], rows, tokens, width // groups)
         if not through_v:
             state = y.new_empty(shape, dtype=_accumulate(x.dtype))
-    if kind == "vector" and _CODE_OF[routing] in RANK_ONE and activation == ACTIVATIONS["none"] and b_down is None:
+    rank_one = _CODE_OF[routing] in RANK_ONE and activation == ACTIVATIONS["none"] and b_down is None
+    if kind == "vector" and rank_one and (index is None or shape[0] == batch or shape[0] <= rows):  # plan.h: rank_one
         return out, x.new_empty([rows, groups], dtype=_accumulate(x.dtype)), state, kept
     return out, x.new_empty([rows, width]), state, kept
 

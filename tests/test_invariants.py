@@ -211,6 +211,24 @@ def test_a_ragged_mean_does_not_depend_on_its_batch(offsets):
     assert torch.equal(together[:1], alone)
 
 
+@pytest.mark.parametrize("k", [0.5, 1.5, 2.5])
+def test_a_dropout_probability_halfway_between_two_that_there_are(k):
+    x, A, B, seed = torch.ones(1, 2000, 512).double(), torch.ones(1, 512), torch.ones(1, 1), torch.tensor([3])
+    options = dict(routing="none", scaling=1.0, dropout_p=k / 65536, seed=seed)
+    got, want = (functional.routed_lora(x, A, None, B, backend=who, **options) for who in ("cpu", "reference"))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", ["linear", "state"])
+@pytest.mark.parametrize("routing", ["expand", "gram", "ones"])
+def test_a_few_rows_of_a_bank_of_conditions(routing, form, native):
+    """Which are not worth a vector for each condition."""
+    case = Case(routing, form, n=1, pool="mean", index=(0, 9), dtype=native.dtype)
+    want, got = case.gradients("reference", dtype=torch.float64), case.gradients(native)
+    for name, exact in want.items():
+        assert worst(got[name].double(), exact) < native.close, name
+
+
 @pytest.mark.parametrize("routing", ["expand", "gram", "ones"])
 @pytest.mark.parametrize("conditions", [0, 256, 257, 600])
 def test_rank_one_sums_the_weights_gradients_of_all_its_blocks_of_conditions(routing, conditions):

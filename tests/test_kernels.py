@@ -254,6 +254,9 @@ LAUNCHES = {
     "gram_relu": (Case("gram_relu", n=64, m=64, r=8), "down_route gram down_route up_project"),
     "gram of a state": (Case("gram", "state", n=64, m=64, r=8), "down_route gram down_route up_project"),
     "rank one": (Case("gram", pool="mean"), "pool project directions rank_one"),
+    "a few rows of a bank": (
+        Case("gram", pool="mean", n=1, index=(0, 9)), "pool project down_route up_project"
+    ),
     "expand": (Case("expand"), "pool project directions rank_one"),
     "ones": (Case("ones"), "pool project directions rank_one"),
     "add": (Case("add"), "pool project down_route up_project"),

@@ -241,7 +241,7 @@ void token_gradients(const Host& host, const Problem& p, const Matrix& dv, const
   if (dc) {
     Epilogue added;
     added.accumulate = add_dc;
-    added.in_bfloat16 = dc.dtype == Dtype::kBFloat16;
+    added.in_bfloat16 = half_tokens(p);
     gemm<Acc>(host, dc, dv.transposed(), Operand(p.y, p.drop_y, p.condition_mask), added);
   }
   if (db_c) column_sums<Acc>(host, db_c, dv, add_dc);

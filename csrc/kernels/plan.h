@@ -25,15 +25,16 @@ constexpr StateKind state_kind(Routing routing, Pool pool, bool single) {
 }
 
 // Z = c vᵀ with one number c a row: then out_n += ⟨x_n, q⟩ p and no R-wide product is needed. An activation after the
-// route needs all of Z; a bias before it is the Adapter's, which has one. Sizes do not matter: q and p cost R products
-// a condition, T and the update R products a row, and no condition has less than one row to serve.
+// route needs all of Z; a bias before it is the Adapter's, which has one. Sizes matter only where an index may leave
+// conditions without a row: q and p cost R products a condition, T and the update R products a row.
 constexpr bool rank_one(Routing routing, StateKind kind, Activation activation, bool has_down_bias) {
   return kind == StateKind::kVector && activation == Activation::kNone && !has_down_bias &&
          (routing == Routing::kExpand || routing == Routing::kGram || routing == Routing::kOnes);
 }
 
 inline bool rank_one(const Problem& p) {
-  return chosen(forced.rank_one, 1) && rank_one(p.routing, p.kind, p.activation, bool(p.b_down));
+  const bool worth = p.conditions.count == p.inputs.count || p.conditions.count <= p.inputs.rows;
+  return chosen(forced.rank_one, worth) && rank_one(p.routing, p.kind, p.activation, bool(p.b_down));
 }
 
 // gram and gram_relu: T (VᵀV) through the R×R matrix S, or (T Vᵀ) V through an N×M one that lives in a tile.
@@ -82,8 +83,8 @@ struct Processor {
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. Ours by tiles is as fast as the library's while the largest of the three matrices stays near, and the
 // rank low, and takes a `bias` along in a pass over out that the library takes a second one for. Where the library
-// leads, ours in float32 still is faster at a low rank, but for the gradient of a weight with few rows. float16 stays
-// here: the library has no product of it worth the name on a CPU.
+// leads, ours in float32 still is faster at a low rank, but for the gradient of a weight with few rows, and down for
+// few. float16 stays here: the library has no product of it worth the name on a CPU.
 constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k, bool bias = false) {
   const double products = double(m) * double(n) * double(k);
   const int64_t shortest = std::min({m, n, k});
@@ -93,7 +94,8 @@ constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t
     return !bias && products >= (far ? 6e7 : 4e8) && (far || shortest > 128);
   }
   if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= 16e6;
-  if (dtype == Dtype::kFloat32 && processor.library_leads && (n <= 64 || (k <= 64 && k > 32))) return false;
+  const bool low_rank = (n <= 64 && m >= 256) || (k <= 64 && k > 32);
+  if (dtype == Dtype::kFloat32 && processor.library_leads && low_rank) return false;
   return dtype != Dtype::kFloat16 && (!processor.wide_vectors || processor.library_leads);
 }
 

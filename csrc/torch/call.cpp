@@ -9,7 +9,7 @@ namespace {
 Dropout dropout(const Place& place, double p, const MaybeTensor& seed, uint32_t stream) {
   STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout must lie in [0, 1], got ", p);
   Dropout d;
-  d.threshold = static_cast<uint32_t>(std::lround(65536 * p));
+  d.threshold = static_cast<uint32_t>(std::nearbyint(65536 * p));  // ties to even, as the definition does
   d.stream = stream;
   if (d.threshold == 0) return d;
   STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");

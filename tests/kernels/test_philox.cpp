@@ -114,7 +114,7 @@ std::vector<bool> mask(uint64_t seed, uint32_t stream, uint32_t threshold, int64
 void keep_rate() {
   constexpr int64_t kRows = 2048, kCols = 192;
   for (const double p : {0.05, 0.1, 0.5, 0.9}) {
-    const uint32_t threshold = static_cast<uint32_t>(std::lround(65536 * p));
+    const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(65536 * p));
     const double keep = 1 - threshold / 65536.0;
     const std::vector<bool> keeps = mask(7, 0, threshold, 0, kRows, kCols);
     std::vector<double> of_column(kCols), of_row(kRows);

@@ -115,6 +115,22 @@ void rank_one_table() {
   }
 }
 
+void rank_one_of_a_bank() {
+  Problem p;
+  p.routing = Routing::kGram;
+  p.kind = StateKind::kVector;
+  for (const int64_t samples : {0, 1, 4}) {
+    for (const int64_t rows : {samples, 3 * samples}) {
+      p.inputs = {samples, rows, nullptr};
+      for (const int64_t conditions : {samples, rows, rows + 1}) {
+        p.conditions = {conditions, conditions, nullptr};
+        CHECK(plan::rank_one(p) == (conditions == samples || conditions <= rows), "%d samples, %d rows, %d conditions",
+              int(samples), int(rows), int(conditions));
+      }
+    }
+  }
+}
+
 // A constant expression of two numbers: nothing about the machine can get in.
 static_assert(plan::reduction_splits(1, 1000) == 16);
 static_assert(plan::reduction_splits(1, 7) == 3);
@@ -174,6 +190,8 @@ void library() {
     const bool goes = plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 768, r);
     CHECK(goes == (r <= 32 || r > 64), "a product %d deep", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 2048, r, 768) == (r > 64), "%d columns", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 255, r, 4096), "%d columns of few rows", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 256, r, 4096) == (r > 64), "%d columns of more rows", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, r, 768, 2048), "a gradient of %d rows", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat64, kIntel, 2048, r, 768), "%d columns of float64", int(r));
   }
@@ -309,6 +327,7 @@ int main() {
   orders_of_problems();
   state_kinds();
   rank_one_table();
+  rank_one_of_a_bank();
   splits();
   library();
   base();
