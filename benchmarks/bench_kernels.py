@@ -1,8 +1,9 @@
 """The CUDA kernels one by one, dropout and a block's memory against their aims; all of it needs a GPU.
 
-A kernel's time is the profiler's, over replays of a captured graph whose inputs take turns, and its bandwidth is held
-against a copy on the same device; where ncu is on PATH, what the hardware counted stands beside it. benchmarks/model.py
-has the cases, the aims and what was predicted. An aim that is missed is part of the result, not a failure.
+A kernel's time is the profiler's, over replays of a captured graph with nothing of it in the cache, and its bandwidth
+is held against a copy on the same device; where ncu is on PATH, what the hardware counted stands beside it.
+benchmarks/model.py has the cases, the aims and what was predicted. An aim that is missed is part of the result, not a
+failure.
 
     python benchmarks/bench_kernels.py --once CASE      runs one kernel's case a few times, for ncu
 """
@@ -41,7 +42,8 @@ def on_gpu(device):
 
 
 def options(layer: Layer) -> dict:
-    """Dropout's seed is a tensor on the device, so that a call draws no random number of its own."""
+    """Of an update whose kernels are timed one by one. Dropout's seed is a tensor on the device, so that a call draws
+    no random number of its own."""
     seed = torch.tensor([1], device="cuda")
     return dict(
         layer.options(), dropout_p=layer.shape.dropout, condition_dropout_p=0.0, seed=seed, backend="cuda"
@@ -66,10 +68,6 @@ def update(shape: Shape, onto: bool = False) -> measure.Call:
 def whole(shape: Shape) -> dict[str, measure.Call]:
     """The base layer with its update, alone, and as one writes it in torch; nothing is kept for a backward."""
     layer = Layer(shape, torch.bfloat16, "cuda", calls=measure.CALLS)
-    given = options(layer)
-
-    def routed(x: torch.Tensor):
-        return functional.routed_linear(x, layer.W, layer.bias, layer.y, layer.A, layer.B, **given)
 
     def without_gradients(forward: peers.Forward) -> measure.Call:
         def call(i: int):
@@ -78,7 +76,7 @@ def whole(shape: Shape) -> dict[str, measure.Call]:
 
         return call
 
-    forwards = {"routed_peft": routed, "base": peers.base(layer), "eager": peers.eager(layer)}
+    forwards = {"routed_peft": peers.ours(layer, "cuda"), "base": peers.base(layer), "eager": peers.eager(layer)}
     return {name: without_gradients(forward) for name, forward in forwards.items()}
 
 
@@ -89,17 +87,14 @@ def graph_times(calls: dict[str, measure.Call]) -> dict[str, list[float]]:
 def kernel_times(call: measure.Call, kernel: str) -> list[float]:
     """Seconds of the kernels of that name in one call."""
     graph = measure.capture(call)
-    graph.replay()
-    torch.cuda.synchronize()
-    replays = REPLAYS // 5
+    measure.replay(graph, warm=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(replays):
-            graph.replay()
-        torch.cuda.synchronize()
+        for _ in range(REPLAYS):
+            measure.replay(graph, warm=False)
     times = [event.time_range.elapsed_us() for event in profile.events() if f"{kernel}_kernel" in event.name]
     if not times:
         raise RuntimeError(f"no {kernel} in this call")
-    each = max(1, round(len(times) / (replays * measure.CALLS)))
+    each = max(1, round(len(times) / REPLAYS))
     return [us * 1e-6 * each for us in times]
 
 
@@ -126,13 +121,16 @@ def ncu(case: str, kernel: str) -> dict[str, float]:
     return found
 
 
-def counted(case: str, kernel: str) -> dict[str, object]:
+def counted(case: str, kernel: str, refused: list[str] = []) -> dict[str, object]:  # noqa: B006
     if not shutil.which("ncu"):
         return {"ncu": "not on PATH"}
+    if refused:  # what fails once fails each time, and takes as long
+        return {"ncu": refused[0]}
     torch.cuda.empty_cache()
     try:
         return ncu(case, kernel)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
+        refused.append(str(error))
         return {"ncu": str(error)}
 
 

@@ -76,49 +76,51 @@ class Timed:
     """A layer with those of the peers that can run it, and the times of one group at a time.
 
     Attributes:
-        problems: why a peer has no times, by its name.
+        problems: why a peer has no times, by its name; ``failed``, why none in the group at hand.
         memory: saved_bytes and peak_bytes of a step by peer.
     """
 
     def __init__(self, shape: Shape, dtype: str, names: list[str], device: str, seconds: float):
         self.shape, self.dtype, self.device, self.seconds = shape, dtype, device, seconds
         self.problems: dict[str, Exception] = {}
+        self.failed: dict[str, Exception] = {}
         self.forwards: dict[str, peers.Forward] = {}
         self.memory: dict[str, dict] = {}
         self.launches: dict[tuple[str, str], int] = {}
         self.group, self.times = None, {}
         for name in names:
             if name in ROUTED:
-                self._attempt(name, peers.check, name, shape, DTYPES[dtype], device)
+                self._attempt(self.problems, name, peers.check, name, shape, DTYPES[dtype], device)
         peers._definition.cache_clear()
         self.layer = Layer(shape, DTYPES[dtype], device, calls=1 if device == "cpu" else measure.CALLS)
         for name in names:
             if name not in self.problems:
-                forward = self._attempt(name, PEERS[name], self.layer)
+                forward = self._attempt(self.problems, name, PEERS[name], self.layer)
                 if name not in self.problems:
                     self.forwards[name] = forward
 
-    def _attempt(self, name: str, body: Callable, *args):
+    @staticmethod
+    def _attempt(problems: dict[str, Exception], name: str, body: Callable, *args):
         """One peer's failure is its own, and leaves the others their times."""
         try:
             return body(*args)
         except Exception as error:
-            self.problems[name] = error.with_traceback(None)  # which would hold on to the tensors
+            problems[name] = error.with_traceback(None)  # which would hold on to the tensors
 
     def times_of(self, cell: Cell) -> list[float]:
         if self.group != (cell.way, cell.clock):
             self.group, self.times = (cell.way, cell.clock), self._measure(cell.way, cell.clock)
-        if cell.peer in self.problems:
-            raise self.problems[cell.peer]
+        for problems in (self.problems, self.failed):
+            if cell.peer in problems:
+                raise problems[cell.peer]
         return self.times[cell.peer]
 
     def _measure(self, way: str, clock: str) -> dict[str, list[float]]:
-        samples = {}
+        samples, self.failed = {}, {}
         for name in self.forwards:
-            if name not in self.problems:
-                sample = self._attempt(name, self._sample, name, way, clock)
-                if name not in self.problems:
-                    samples[name] = sample
+            sample = self._attempt(self.failed, name, self._sample, name, way, clock)
+            if name not in self.failed:
+                samples[name] = sample
         return measure.interleaved(samples, ROUNDS, self.seconds)
 
     def _sample(self, name: str, way: str, clock: str) -> measure.Sample:
@@ -126,6 +128,8 @@ class Timed:
             self._weigh(name)
         if self.device != "cpu" and (name, way) not in self.launches:
             self.launches[name, way] = self._count(name, way)
+        if clock != "wall" and not peers.capturable(name, self.shape):
+            raise peers.Unavailable(f"{name} waits for the device in a layer of slices, which a graph cannot")
         call = self.call(name, way, captured=clock != "wall")
         if clock == "wall":
             return measure.wall(call, self.device)

@@ -107,7 +107,10 @@ def one_thread():
 @pytest.mark.parametrize("way", ["no_grad", "forward", "step"])
 @pytest.mark.parametrize("routing", ["gram", "mul", "expand"])
 @pytest.mark.parametrize("form", ["function", "layer"])
-def test_overhead(benchmark, one_thread, form, routing, way, peer):
+def test_overhead(benchmark, one_thread, pytestconfig, form, routing, way, peer):
+    wanted = pytestconfig.getoption("--peers", None)
+    if wanted is not None and (peer if peer == "routed_peft" else "eager") not in wanted:
+        pytest.skip("not among --peers")
     times = measured(form, routing, way)[peer]
     benchmark.group = f"{form}, {routing}, {way}"
     benchmark.extra_info.update(

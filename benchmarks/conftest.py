@@ -38,6 +38,7 @@ def pytest_configure(config):
     option = config.option
     option.device = option.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = option.device == "cuda"
+    torch.backends.cudnn.allow_tf32 = False  # as products are: one peer has a convolution
     option.size = option.size or ("full" if gpu else "small")
     option.dtypes = option.dtypes or (["bfloat16"] if gpu else ["float32", "bfloat16"])
     option.clocks = option.clocks or measure.CLOCKS[option.device]

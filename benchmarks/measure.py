@@ -2,9 +2,9 @@
 
 Calls that are compared take turns, round after round, so that a change of the machine's speed meets all of them alike;
 what counts are medians and quantiles, and ratios within one run. On a GPU there are three clocks: ``graph`` and ``graph
-warm``, the GPU's own time by events around replays of a captured CUDA graph, with inputs that take turns so that the
-cache holds none of the large ones, or with one input alone; and ``wall``, what a user waits who captures nothing. A CPU
-has ``wall`` alone.
+warm``, the GPU's own time by events around a replay of the call as a captured CUDA graph, with nothing of it in the
+cache or right after another replay; and ``wall``, what a user waits who captures nothing, with inputs that take turns.
+A CPU has ``wall`` alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CLOCKS = {"cpu": ["wall"], "cuda": ["graph", "graph warm", "wall"]}
 CHUNK_FRAMES = 136  # frames of _deeper that fill a chunk of CPython's stack
 DEPTH_STEP = 37  # frames between the starts of two rounds; it has no divisor in common with the above
-CALLS = 8  # inputs that take turns on a GPU, and calls in a captured graph
+CALLS = 8  # inputs that take turns on a GPU
+REPLAYS = 4  # of a graph, for one sample
+FLUSH_BYTES = 2**28  # more than any GPU's cache
+SPIN = 200_000  # cycles in which the GPU waits for the host to have queued what is timed
 SHORT = 50e-3  # seconds of a call in whose time it may show what was called before it
 LEAST_ROUNDS = 7  # fewer leave a median to chance where the machine is shared
 _TURNS = random.Random(0)
@@ -105,33 +108,45 @@ def capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def capture(call: Call, warm: bool = False) -> torch.cuda.CUDAGraph:
-    """CALLS calls as a graph, after a round outside of it; ``warm``: all with the same input."""
+def capture(call: Call) -> torch.cuda.CUDAGraph:
+    """A call as a graph, after two outside of it. What the call holds has to live as long: the graph does not."""
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for i in range(CALLS):
-            call(0 if warm else i)
+        for _ in range(2):
+            call(0)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for i in range(CALLS):
-                call(0 if warm else i)
+            call(0)
     torch.cuda.synchronize()
     return graph
 
 
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def replay(captured: torch.cuda.CUDAGraph, warm: bool) -> float:
+    """Seconds of a replay. Before it the GPU is busy, with another replay or with memory that takes the cache, so that
+    the host has queued all of it when the clock starts."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    captured.replay() if warm else _flushed().zero_()
+    torch.cuda._sleep(SPIN)
+    begin.record()
+    captured.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3  # type: ignore[no-any-return]
+
+
 def graph(call: Call, warm: bool = False) -> Sample:
     """The GPU's time for one call, in replays of a graph."""
-    captured = capture(call, warm)
+    captured = capture(call)
 
-    def sample() -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        captured.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / CALLS
+    def sample(held: Call = call) -> float:  # what a backward repeats on lives as long as its graph
+        return statistics.fmean(replay(captured, warm) for _ in range(REPLAYS))
 
     return sample
 
@@ -260,7 +275,8 @@ def launches(call: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return len(profile.events())
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum("Sync" not in event.name for event in on_device)  # the calls of the host are recorded, too
 
 
 # ---- the machine

@@ -83,9 +83,9 @@ def load(paths: list[Path]) -> Result:
         raw = json.loads(path.read_text())
         part = Result({}, [], raw.get("shapes", {}), [])
         facts = raw.get("facts", {})
-        for what in ("device", "torch", "commit"):
-            if result.facts and facts[what] != result.facts[what]:
-                raise SystemExit(f"{path}: {what} is {facts[what]}, of the files before {result.facts[what]}")
+        for what in ("device", "processor", "instruction set", "threads", "size", "torch", "commit"):
+            if result.facts and facts.get(what) != result.facts.get(what):
+                raise SystemExit(f"{path}: {what} is {facts.get(what)}, of the files before {result.facts.get(what)}")
         if result.facts and facts.get("command") not in result.facts["command"].split("; "):
             result.facts["command"] += f"; {facts['command']}"
         result.facts = result.facts or facts
@@ -239,12 +239,31 @@ def surely(slower: dict[tuple, Estimate]) -> int:
     return sum(times.high * SLOWER < 1 for times in slower.values())
 
 
+def perhaps(result: Result, peer: str) -> int:
+    """In how many groups the interval reaches to where we are slower, though its middle does not."""
+    ratios = [ratio(group, peer) for group in result.groups().values()]
+    return sum(times.low * SLOWER < 1 <= times.value * SLOWER for times in ratios if times)
+
+
+def times_ours(row: dict, rows: list[dict]) -> float | None:
+    """How many times as long as ours a row of a kind without rounds to compare takes, by the medians; None of ours."""
+    if row.get("peer") in (None, OURS):
+        return None
+    keys = [key for key in ("form", "routing", "way", "dtype", "device", "size") if key in row]
+    like = [other for other in rows if other.get("peer") == OURS and all(other.get(k) == row[k] for k in keys)]
+    return row["median"] / like[0]["median"] if len(like) == 1 else None
+
+
 class Aim(NamedTuple):
     cell: tuple
     what: str  # is compared
     aim: float
     reached: float
     surely_missed: bool  # by all that lies between the bounds
+
+
+def group_device(group: Group) -> str:
+    return next(iter(group.values()))["device"]
 
 
 def aims(result: Result) -> list[Aim]:
@@ -256,7 +275,7 @@ def aims(result: Result) -> list[Aim]:
             aim = dict(zip(WAYS, (*shape.aims, 1.0), strict=True))[way]
             if reached := ratio(group, "eager"):
                 found.append(Aim(key, "layer against eager", aim, reached.value, reached.high < aim))
-        elif clock == "wall" and not any(shape.aims) and way != "backward":
+        elif group_device(group) == "cpu" and not any(shape.aims) and way != "backward":
             if reached := ratio(group, "aten"):
                 found.append(Aim(key, "layer against aten", 1 / SLOWER, reached.value, reached.high * SLOWER < 1))
             if (aim := adapter_aim(shape)) and (times := adapter_ratio(group)):

@@ -2,8 +2,9 @@
 
 A peer is made for a :class:`Layer` and called with one of its inputs. All give the layer's output and, by autograd, the
 gradients of x, A and B; the condition and the base layer are frozen, and A projects the condition too, as in the paper.
-The floors compute less: ``base`` has no update, PEFT's and the other libraries' LoRA has no route. :func:`check` holds
-a peer against the definition in float64 before it is timed.
+The floors compute something else: ``base`` has no update, PEFT's and the other libraries' LoRA has no route and no
+slices (where ours has slices, theirs has rank R for all of the output, up to three times the products). :func:`check`
+holds a peer against the definition in float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def published(layer: Layer) -> Forward:
 
 
 def compiled(layer: Layer) -> Forward:
-    """torch.compile of eager."""
+    """torch.compile of eager, without donated buffers, which a backward that is repeated could not have."""
     torch._dynamo.reset()
     return torch.compile(eager(layer), fullgraph=True, dynamic=False)
 
@@ -408,6 +409,11 @@ def unsloth(layer: Layer) -> Forward:
 
     forward.trained = [layer.A, up]
     return forward
+
+
+def capturable(name: str, shape: Shape) -> bool:
+    """Whether a CUDA graph can hold a peer's call: a mask that picks columns is read by the host."""
+    return not (name == "published" and shape.merged)
 
 
 # Shown in this order. The first is what the others are compared with.

@@ -172,10 +172,11 @@ class Case:
         with torch.no_grad():
             return self.run({k: v.double() for k, v in t.items()}, constant, "reference", seed)
 
-    def gradients(self, backend, seed=0, dtype=None):
-        """The output and the gradient of a random weighting of it, by name; in ``dtype`` if given."""
+    def gradients(self, backend, seed=0, dtype=None, frozen=()):
+        """The output and the gradient of a random weighting of it, by name; in ``dtype`` if given. None for what is
+        ``frozen``."""
         t, constant = self.tensors(seed)
-        t = {k: v.to(dtype or v.dtype).requires_grad_() for k, v in t.items()}
+        t = {k: v.to(dtype or v.dtype).requires_grad_(k not in frozen) for k, v in t.items()}
         out = self.run(t, constant, backend)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
         (out * weights.to(self.dtype).to(out.dtype)).sum().backward()

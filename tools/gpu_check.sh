@@ -54,7 +54,9 @@ run_test() {
 
 run_sanitize() {
   command -v compute-sanitizer >/dev/null || { note "compute-sanitizer, which is not on PATH" 127; return; }
+  local end=$deadline tools=4
   for tool in memcheck racecheck initcheck synccheck; do
+    deadline=$((SECONDS + (end - SECONDS) / tools--)) # an even share of what is left
     printf '\n--- %s\n' "$tool"
     # Our kernels alone; and every tensor its own allocation, so that the end of one is the end of what may be read.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -65,12 +67,13 @@ run_sanitize() {
 }
 
 run_bench() {
-  local written=build/gpu_bench.json
+  local written=build/gpu_bench.json left=$((deadline - SECONDS))
+  [ "$left" -gt 0 ] || { note "benchmarks" 124; return; }
   mkdir -p build && rm -f "$written"
   # The kernels first, and interrupted at the end of its time, so that pytest writes what there is by then.
-  timeout --signal=INT --kill-after=30 $((deadline - SECONDS)) \
+  timeout --signal=INT --kill-after=30 "$left" \
     "$PYTHON" -m pytest benchmarks/bench_kernels.py benchmarks/bench_layer.py -q --benchmark-only --device cuda \
-    --dtypes bfloat16 --peers routed_peft,eager,aten,base --clocks graph,wall --seconds 0.3 --maxfail=20 --tb=short \
+    --dtypes bfloat16 --peers routed_peft,eager,aten,base --clocks graph,wall --seconds 0.3 --tb=short \
     --benchmark-columns=min,median,rounds --benchmark-json="$written"
   note "benchmarks" $?
   [ -s "$written" ] || { note "report of the benchmarks, which wrote nothing" 1; return; }

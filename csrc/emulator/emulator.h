@@ -257,7 +257,7 @@ inline unsigned char* dynamic_shared() { return Block::current().shared().dynami
 template <class T>
 T& shared_variable(const void* key) {
   static_assert(std::is_trivially_default_constructible_v<std::remove_all_extents_t<T>>);
-  return *static_cast<T*>(Block::current().shared().variable(key, sizeof(T), alignof(T)));
+  return *static_cast<T*>(Block::current().shared().variable(key, sizeof(T), std::max(alignof(T), size_t{16})));
 }
 
 // ---- collectives of a warp

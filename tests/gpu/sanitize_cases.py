@@ -2,7 +2,8 @@
 (tools/gpu_check.sh).
 
 Sizes are odd so that every tile has an edge; the output and each gradient are held against the definition, for a call
-that computes nothing would be clean too.
+that computes nothing would be clean too. The base weight is frozen: its gradient is the vendor's product, which a tool
+that watches our kernels alone takes for memory that nobody wrote.
 """
 
 import sys
@@ -40,7 +41,8 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     every, wrong = list(cases()), 0
     for case in every:
-        want, got = case.gradients("reference", dtype=torch.float64), case.gradients("cuda")
+        want = case.gradients("reference", dtype=torch.float64, frozen="W")
+        got = case.gradients("cuda", frozen="W")
         for name, exact in want.items():
             if exact is None:
                 continue

@@ -24,8 +24,8 @@
 #define RP_NO_UNROLL _Pragma("unroll 1")
 // An unsigned char* to the block's dynamic shared memory.
 #define RP_DYNAMIC_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
-// A variable of shared memory: RP_SHARED(float[kWarps], sums);
-#define RP_SHARED(type, name) __shared__::std::type_identity_t<type> name
+// A variable of shared memory, aligned for 16-byte accesses: RP_SHARED(float[kWarps], sums);
+#define RP_SHARED(type, name) __shared__ __align__(16)::std::type_identity_t<type> name
 #else
 #include "emulator/emulator.h"
 #include "emulator/instructions.h"
