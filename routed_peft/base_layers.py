@@ -34,7 +34,21 @@ def parameter_options(base_layer: nn.Module) -> dict[str, Any]:
     if not isinstance(tensor, Tensor):
         tensor = next((t for t in (*base_layer.parameters(), *base_layer.buffers())), None)
     wide = tensor is not None and tensor.dtype == torch.float64
-    return {"device": None if tensor is None else tensor.device, "dtype": torch.float64 if wide else torch.float32}
+    device = None if tensor is None else tensor.device
+    if tensor is not None and tensor.is_meta:
+        device = _offloaded_to(base_layer) or device
+    return {"device": device, "dtype": torch.float64 if wide else torch.float32}
+
+
+def _offloaded_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of an offloaded module to run it; between calls they are on "meta"."""
+    for part in module.modules():
+        hook = part.__dict__.get("_hf_hook")
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
 
 
 def may_read_weight(base: nn.Module, x: Tensor) -> bool:
@@ -51,8 +65,7 @@ def may_read_weight(base: nn.Module, x: Tensor) -> bool:
     if (
         weight is None
         or "bias" not in parameters
-        or "forward" in own
-        or nn.Linear.forward is not _LINEAR_FORWARD
+        or patched(base)
         or own.get("parametrizations") is not None
         or hooked(base)
     ):
@@ -64,6 +77,16 @@ def may_read_weight(base: nn.Module, x: Tensor) -> bool:
         and (bias is None or (dense(bias) and bias.device == device))
         and weight.dtype == functional.compute_dtype(x)
     )
+
+
+def patched(base: nn.Module) -> bool:
+    """Whether a call of an nn.Linear or Conv1D runs another forward than the one its class was written with."""
+    kind = type(base)
+    if "forward" in base.__dict__:
+        return True
+    if kind is nn.Linear:
+        return nn.Linear.forward is not _LINEAR_FORWARD
+    return getattr(kind.forward, "__globals__", {}).get("__name__") != kind.__module__
 
 
 def hooked(base: nn.Module) -> bool:

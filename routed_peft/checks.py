@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .errors import ConditionShapeError, MissingConditionError
 from .reference import Options
-from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, resolve_pool
+from .routes import ACTIVATIONS, ROUTES, SCALES, one_of, positive, resolve_pool
 
 Others = tuple[Tensor | None, ...]
 
@@ -116,6 +116,8 @@ def check_call(
     else:
         source = "tokens"
         check_condition(name, condition, A if C is None else C, condition_cu_seqlens, shared=C is None)
+        if C is not None and C.shape[0] != A.shape[0]:
+            raise ConditionShapeError(f"{name}: C has {C.shape[0]} rows, but A {tuple(A.shape)} needs {A.shape[0]}")
         if C is None and b_C is not None:
             raise ConditionShapeError(f"{name}: b_C goes with a C; a shared projection shares b_down")
     if condition is not None:
@@ -152,9 +154,10 @@ def check_call(
         condition_p = 0.0
     elif source == "in_sequence":
         condition_p = dropout_p  # V is rows of T, so it shares X's mask
+    # Autocast is for products: a residual that it would round is left to the caller.
     return Options(
         samples, routing, source, pool, scale, groups, slices, out_features, scaling, dropout_p, condition_p,
-        activation, residual,
+        activation, residual and x.dtype == dtype,
     )  # fmt: skip
 
 
@@ -267,11 +270,20 @@ def check_condition(name: str, y: Tensor, C: Tensor, cu_seqlens: Tensor | None, 
     """y [B, M, d_c], [B, d_c] or, with offsets, [ΣM_i, d_c]."""
     if not y.is_floating_point():
         raise ConditionShapeError(f"{name}: condition must be floating point, got {y.dtype}")
+    if C.dim() != 2:
+        raise ConditionShapeError(f"{name}: C must be a matrix, got {tuple(C.shape)}")
     if y.dim() not in ((2,) if cu_seqlens is not None else (2, 3)) or y.shape[-1] != C.shape[1]:
         wanted = f"[rows, {C.shape[1]}]" if cu_seqlens is not None else f"[batch, tokens, {C.shape[1]}]"
         why = "; condition_features=None shares lora_A, so the condition needs in_features columns" if shared else ""
         raise ConditionShapeError(f"{name}: condition must be {wanted}, got {tuple(y.shape)}{why}")
     return y
+
+
+def check_groups(name: str, C: Tensor, groups: int) -> None:
+    """The output slices that route on their own share C's rows evenly."""
+    positive("groups", groups)
+    if C.shape[0] % groups:
+        raise ConditionShapeError(f"{name}: groups must divide the {C.shape[0]} rows of C, got {groups}")
 
 
 def check_base(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from .errors import AdapterFileError, UnsupportedError
@@ -91,7 +92,7 @@ class RoutedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values that JSON can hold, with its ``kind``."""
-        return {"kind": self.kind, **asdict(self)}
+        return {"kind": self.kind, **_plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
@@ -157,6 +158,10 @@ class RoutedLoRAConfig(RoutedConfig):
         one_of("condition_source", self.condition_source, ("external", "in_sequence"))
         if self.condition_source == "in_sequence" and self.condition_features is not None:
             raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
+        if self.condition_source == "in_sequence" and self.condition_dropout is not None:
+            raise ValueError("condition_source='in_sequence' shares lora_dropout, so condition_dropout must be None")
+        if self.route_across_slices and not self.out_slices:
+            raise ValueError("route_across_slices=True needs out_slices")
         number("lora_alpha", self.lora_alpha)
         probability("lora_dropout", self.lora_dropout)
         if self.condition_dropout is not None:
@@ -227,6 +232,17 @@ def matches(names: Sequence[str] | str, name: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == one or name.endswith("." + one) for one in names)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with every number in it as Python's own (numpy's are taken, too)."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(entry) for entry in value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _names(argument: str, names: Any) -> Sequence[str] | str:

@@ -519,6 +519,11 @@ class CallKeywords:
             raise TypeError(f"routed_condition takes a Tensor, a ConditionState or None, got {type(y).__name__}")
         if index is not None and y is None:
             raise ConditionShapeError("routed_condition_index goes with routed_condition, which was not given")
+        if index is not None and getattr(module, "_is_replica", False):
+            raise UnsupportedError(
+                "nn.DataParallel splits routed_condition over its devices, and routed_condition_index would point into "
+                "a part of it; give each row its own condition, routed_condition=y[index]"
+            )
         # Not what the slot holds: a call that broke off under torch.compile, which drops hooks on errors, leaves that.
         held = self.slot.held() if within else self.slot.base()
         if y is not None or mask is not None:

@@ -25,6 +25,7 @@ from .checks import (
     check_call,
     check_condition,
     check_devices,
+    check_groups,
     check_mask,
     check_present,
     check_routing,
@@ -190,7 +191,7 @@ def routed_adapter(
         backend: "auto", "cpu", "cuda" or "reference".
 
     Returns:
-        [..., o] in x's dtype.
+        [..., o] in x's dtype; without ``residual`` under autocast in autocast's.
 
     Raises:
         As :func:`routed_lora`.
@@ -234,6 +235,7 @@ def encode_condition(
 
     Raises:
         ConditionShapeError: sizes, dtypes or devices do not fit.
+        ValueError: an option out of range.
     """
     check_routing(routing, scale, backend)
     if routing == "none":
@@ -244,6 +246,7 @@ def encode_condition(
     y = check_condition(name, y, C, None, shared=False)
     check_devices(name, y, what="condition", C=C, b_C=b_C, condition_mask=mask)
     check_vector(name, "b_C", b_C, C.shape[0])
+    check_groups(name, C, groups)
     y = y.to(compute_dtype(y)).contiguous()
     if mask is not None:
         check_mask(name, "condition mask", mask, y.shape[:2] if y.dim() == 3 else (y.shape[0], 1), "condition")
@@ -321,7 +324,7 @@ def apply(
         raise TypeError(f"{name}: the input must be a Tensor, got {type(x).__name__}")
     p = float(dropout_p)
     condition_p = p if condition_dropout_p is None else float(condition_dropout_p)
-    dtype = compute_dtype(x)
+    dtype, residual = compute_dtype(x), bool(residual)
     state = state_or_y if isinstance(state_or_y, ConditionState) else None
     alone, projection = ops.untouched(), (A, b_down) if C is None else (C, b_C)
     if state is not None and routing != "none" and not (alone and state.is_of(*projection)):
@@ -374,26 +377,29 @@ def apply(
         condition = None if condition is None else _contiguous(condition, dtype)
     if source != "tokens":
         C = b_C = None  # nothing is projected
-    x = _contiguous(x, dtype)
+    stream, x = x, _contiguous(x, dtype)
     if W is not None and W.dtype != dtype:
         W = W.to(dtype)
     base = None if base is None else base.contiguous()
     if seed is None and (p or options.condition_dropout):
         others = (*others[:-1], draw_seed(x.device))
     if few is not None and alone and not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
-        return ops.run(ops.BACKENDS[where].ops.infer, x, A, B, condition, W, bias, base, others[1], *few, alone=True)  # type: ignore[no-any-return]
-    inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
-    if where == "reference":
-        return reference.run((*inputs, *others, base), options)
-    # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
-    if (not alone and torch.compiler.is_exporting()) or not _differentiated(*inputs, base):
-        return ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, 0, alone=alone)[0]  # type: ignore[no-any-return]
-    save = 0
-    if _differentiated(*inputs):
-        encodes = source in ("tokens", "in_sequence")
-        through = (x if source == "in_sequence" else condition, *projection)
-        save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
-    return _record(_Routed, *inputs, base, (where, others, numbers, save))[0]  # type: ignore[no-any-return]
+        out = ops.run(ops.BACKENDS[where].ops.infer, x, A, B, condition, W, bias, base, others[1], *few, alone=True)
+    else:
+        inputs = (x, A, B, condition, C, W, bias, b_down, b_C)  # what may get a gradient
+        if where == "reference":
+            out = reference.run((*inputs, *others, base), options)
+        # An exported program has no gradients; and what they need depends on sizes, which may be dynamic there.
+        elif (not alone and torch.compiler.is_exporting()) or not _differentiated(*inputs, base):
+            out = ops.run(ops.BACKENDS[where].ops.forward, *inputs, *others, base, *numbers, 0, alone=alone)[0]
+        else:
+            save = 0
+            if _differentiated(*inputs):
+                encodes = source in ("tokens", "in_sequence")
+                through = (x if source == "in_sequence" else condition, *projection)
+                save = 2 if encodes and any(t is not None and t.requires_grad for t in through) else 1
+            out = _record(_Routed, *inputs, base, (where, others, numbers, save))[0]
+    return out if residual == options.residual else out.to(stream.dtype) + stream  # type: ignore[no-any-return]
 
 
 # What `apply` found for calls without offsets: backend, options, these as the ops `forward` and, where it will do,

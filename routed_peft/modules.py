@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops, reference
-from .base_layers import dense, hooked, is_conv1d, linear_features, may_read_weight, parameter_options
+from .base_layers import dense, hooked, is_conv1d, linear_features, may_read_weight, parameter_options, patched
 from .delivery import Delivered, Slot
 from .errors import ConditionShapeError, MissingConditionError, UnsupportedError
 from .reference import Options
@@ -226,6 +226,8 @@ class LowRankUpdate(RoutedLayer):
         self.condition_source = one_of("condition_source", condition_source, ("external", "in_sequence"))
         if condition_source == "in_sequence" and condition_features is not None:
             raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
+        if condition_source == "in_sequence" and condition_dropout is not None:
+            raise ValueError("condition_source='in_sequence' shares lora_dropout, so condition_dropout must be None")
         if condition_features is not None:
             positive("condition_features", condition_features)
         number("lora_alpha", lora_alpha)
@@ -235,6 +237,8 @@ class LowRankUpdate(RoutedLayer):
         out_slices = None if out_slices is None else list(out_slices)
         if not all(isinstance(pair, Iterable) and len([*pair]) == 2 for pair in out_slices or []):
             raise ValueError(f"out_slices must be pairs (start, stop), got {out_slices!r}")
+        if route_across_slices and not out_slices:
+            raise ValueError("route_across_slices=True needs out_slices")
         self.in_features, self.out_features = linear_features(base_layer)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -375,8 +379,8 @@ class LowRankUpdate(RoutedLayer):
         if (type(base_layer) is not nn.Linear and not is_conv1d(base_layer)) or not dense(base_layer.weight):
             found = f"{type(base_layer).__name__} with a {type(getattr(base_layer, 'weight', None)).__name__} weight"
             raise UnsupportedError(f"{self.label}: bake needs a dense nn.Linear or Conv1D base, got {found}")
-        if hooked(base_layer):
-            raise UnsupportedError(f"{self.label}: bake cannot take the hooks of the base layer along")
+        if hooked(base_layer) or patched(base_layer):
+            raise UnsupportedError(f"{self.label}: bake cannot take the base layer's hooks or replaced forward along")
         with torch.no_grad(), reference.no_autocast(self.A.device):
             wide = torch.float64 if self.A.dtype == torch.float64 else torch.float32
             state = None
@@ -564,7 +568,8 @@ class RoutedAdapter(RoutedLayer):
         condition_scale: as :class:`RoutedLoRA`.
         dropout: dropout probability of x and of y (independent masks).
         missing: without a condition "error" raises, "base" adds nothing (x, or zeros without ``residual``), "lora"
-            routes nothing.
+            routes nothing. A sample of a batch that has no valid condition token in it is no such call: its V is 0, and
+            what an activation makes of 0 and ``up_bias`` are added.
         backend: "auto", "cuda", "cpu" or "reference".
 
     Parameters: ``down`` [R, d], ``down_bias`` [R], ``up`` [d, R] (zero at first), ``up_bias`` [d], ``condition_down``
@@ -633,7 +638,10 @@ class RoutedAdapter(RoutedLayer):
         *,
         input_mask: Tensor | None = None,
     ) -> Tensor:
-        """x [B, N, d] or [B·N, d] -> the same shape; the other arguments and errors as :meth:`RoutedLoRA.forward`."""
+        """x [B, N, d] or [B·N, d] -> the same shape, and with ``residual`` dtype (autocast is for the products).
+
+        The other arguments and errors as :meth:`RoutedLoRA.forward`.
+        """
         given = self._delivered(x, condition, condition_mask, condition_index, input_mask)
         if given is None and self.missing == "base":
             return self._touch(x if self.residual else torch.zeros_like(x), *self.parameters(recurse=False))

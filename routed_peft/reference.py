@@ -54,7 +54,9 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def dropout_multiplier(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Tensor:
+def dropout_multiplier(
+    seed: Tensor, rows: int, cols: int, p: float, stream: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """What dropout multiplies a [rows, cols] matrix by: 0, or 65536 / (65536 - k) with k = round(65536 p).
 
     The fixed map, the same on every device: element (row, c) belongs to call (row, 4·(c/64) + q, 2·stream + slot/8) and
@@ -63,7 +65,7 @@ def dropout_multiplier(seed: Tensor, rows: int, cols: int, p: float, stream: int
     """
     k = round(65536 * p)
     if k == 65536:
-        return torch.zeros(rows, cols, device=seed.device)
+        return torch.zeros(rows, cols, dtype=dtype, device=seed.device)
     row = torch.arange(rows, device=seed.device)[:, None]
     c = torch.arange(cols, device=seed.device)[None, :]
     t = c % 16
@@ -78,7 +80,7 @@ def dropout_multiplier(seed: Tensor, rows: int, cols: int, p: float, stream: int
     word = torch.stack(torch.broadcast_tensors(*words))  # type: ignore[no-untyped-call]
     chosen = word.gather(0, ((slot % 8) // 2).expand(rows, cols)[None])[0]
     halfword = (chosen >> (16 * (slot % 2))) & 0xFFFF
-    return (halfword >= k).double() * (65536 / (65536 - k))
+    return (halfword >= k).to(dtype) * (65536 / (65536 - k))
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
@@ -87,7 +89,7 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     if seed is None:
         raise ValueError("dropout needs a seed")
     rows = x.reshape(-1, x.shape[-1])
-    multiplier = dropout_multiplier(seed, rows.shape[0], rows.shape[1], p, stream).to(x.dtype)
+    multiplier = dropout_multiplier(seed, rows.shape[0], rows.shape[1], p, stream, x.dtype)
     return (rows.masked_fill(multiplier == 0, 0) * multiplier).reshape(x.shape)  # select: what is dropped may be NaN
 
 

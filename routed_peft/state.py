@@ -20,7 +20,7 @@ Version = tuple[int | None, int]
 Versions = tuple[tuple[Tensor | None, Version], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConditionState:
     """The condition state of one routed layer: all that its forward needs to know of the condition.
 
@@ -112,10 +112,11 @@ _hooked: list[Any] = []  # the hook's handle, once there is a state
 
 
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Optimizers with fused=True write parameters without counting a version, so that is made up for."""
+    """Some optimizers write parameters without counting a version (torch's with fused=True, bitsandbytes'), so it is
+    counted for all."""
     for group in optimizer.param_groups:
-        for p in group["params"] if group.get("fused") else ():
-            if p.grad is not None and not p.is_inference():
+        for p in group["params"]:
+            if p.grad is not None:
                 torch.autograd.graph.increment_version(p)
 
 

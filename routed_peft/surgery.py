@@ -107,7 +107,7 @@ class AdaptedModule(nn.Module):
     """A module with a RoutedAdapter around its output: ``adapter(base(x))``, or in parallel ``base(x) + adapter(x)``.
 
     The base module is called as it was, with whatever arguments; its output is a tensor [..., d], or a tuple whose
-    first item is one and whose others are passed on. Its attributes can be read through this module.
+    first item is one and whose others are passed on. Its public attributes can be read through this module.
     """
 
     def __init__(self, base_layer: nn.Module, adapter: RoutedAdapter) -> None:
@@ -118,6 +118,8 @@ class AdaptedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("_"):  # what accelerate, copy and others keep on a module, about that one alone
+                raise
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,6 +294,9 @@ def _record(model: nn.Module) -> _Attached:
         inner: Any = getattr(model, "_orig_mod", None)
         if inner is not None and "_routed_peft" in inner.__dict__:
             raise RoutedPeftError(f"{type(model).__name__} is a compiled model; pass the one that was compiled")
+        inner = getattr(model, "module", None)
+        if isinstance(inner, nn.Module) and "_routed_peft" in inner.__dict__:
+            raise RoutedPeftError(f"{type(model).__name__} is a wrapper of the attached model; pass its .module")
         own = "; a PeftModel has save_pretrained and from_pretrained" if hasattr(model, "peft_config") else ""
         raise RoutedPeftError(f"{type(model).__name__} has no attached adapter; call routed_peft.attach first{own}")
     return record  # type: ignore[no-any-return]
@@ -342,7 +347,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Of a model that is sharded (FSDP2) every rank must call this: the shards are put together, and rank 0 writes.
 
     Raises:
-        AdapterFileError: something else is trainable too, and would be lost.
+        AdapterFileError: something else is trainable too, and would be lost; or values are offloaded.
         RoutedPeftError: the model is not attached.
     """
     from safetensors.torch import save_file
@@ -359,16 +364,21 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             f"trainable parameters outside the adapter would be lost: {', '.join(lost)}; "
             "list them in modules_to_save or freeze them"
         )
+    if nowhere := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise AdapterFileError(
+            f"{_few(nowhere)} of the model have no values at hand (offloaded, or on the meta device); remove "
+            "accelerate's hooks first"
+        )
     # Copies, because safetensors refuses tensors that share memory (tied weights).
     copies = {key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     try:
         if not sharded or distributed.get_rank() == 0:
             about = {"routed_peft_version": __version__, "base_model_type": _model_type(model)}
+            text = json.dumps({**record.config.to_dict(), **about}, indent=2)
             path = Path(path)
             path.mkdir(parents=True, exist_ok=True)
             save_file(copies, path / TENSOR_FILE, metadata={"format": "pt"})
-            text = json.dumps({**record.config.to_dict(), **about}, indent=2)
             (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     finally:
         if sharded:
@@ -385,7 +395,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
         The report of :func:`attach`.
 
     Raises:
-        AdapterFileError: no such files, another config than the attached one, or tensors that do not fit.
+        AdapterFileError: no such files, another config than the attached one, or tensors that do not fit or are
+            offloaded.
     """
     path = Path(path)
     config, base, tensors = _read(path)
@@ -395,9 +406,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
     _reshard(model)
     record = _record(model)
     try:
-        if record.config != config:
-            ours, theirs = record.config.to_dict(), config.to_dict()
-            differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        ours, theirs = record.config.to_dict(), config.to_dict()
+        # Of patterns the first that matches counts, so that their order is part of them.
+        differing = [key for key in {**ours, **theirs} if _ordered(ours.get(key)) != _ordered(theirs.get(key))]
+        if differing:
             sides = "; ".join(f"{key}: file {theirs.get(key)!r}, model {ours.get(key)!r}" for key in differing)
             raise AdapterFileError(f"{path} has another config than the attached one: {sides}")
         own = _file_tensors(model, record)
@@ -412,6 +424,11 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
         if differing:
             shapes = [f"{key}: file {tuple(tensors[key].shape)}, model {tuple(own[key].shape)}" for key in differing]
             raise AdapterFileError(f"{origin}: shapes differ, {_few(shapes)}")
+        if nowhere := [key for key, tensor in own.items() if tensor.is_meta]:
+            raise AdapterFileError(
+                f"{path}: {_few(nowhere)} of the model have no memory that could take the file's values (offloaded, or "
+                "on the meta device); load the adapter first"
+            )
     except AdapterFileError:
         if fresh:
             detach(model)
@@ -420,6 +437,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> AttachReport:
         for key, tensor in own.items():
             tensor.copy_(_sharded_like(tensor, tensors[key]) if is_sharded(tensor) else tensors[key])
     return record.report
+
+
+def _ordered(value: Any) -> Any:
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _read(path: Path) -> tuple[RoutedConfig, Any, dict[str, Tensor]]:

@@ -120,7 +120,12 @@ def _decoder_of(model: nn.Module) -> str | None:
     if get_decoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     decoder = get_decoder()
-    if decoder is model or "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:
+    while "encoder_hidden_states" not in inspect.signature(decoder.forward).parameters:  # a model of both, perhaps
+        inner = getattr(decoder, "get_decoder", None)
+        around, decoder = decoder, None if inner is None else inner()
+        if decoder is None or decoder is around:
+            return None
+    if decoder is model:
         return None
     paths = [name for name, module in model.named_modules() if module is decoder]
     return paths[0] if paths else None
@@ -157,9 +162,8 @@ def _kind_of(model: nn.Module, path: str) -> tuple[str, str]:
     apart = "" if preset[0] != "projection" else f"outside of {type(model).__name__}'s own call"
     get_encoder: Any = getattr(model, "get_encoder", None)
     if get_encoder is not None and getattr(config, "is_encoder_decoder", False):
-        encoder, module = get_encoder(), model.get_submodule(path)
-        decoder = path.rpartition(".")[0] + ".decoder" if "." in path else "decoder"
-        if module is encoder and _has(model, decoder):
+        encoder, module, decoder = get_encoder(), model.get_submodule(path), _decoder_of(model)
+        if module is encoder and decoder is not None:
             return "decoder", decoder  # which is called with the encoder's output, and with its mask
         if any(module is part for part in encoder.modules()):
             apart = "in the encoder"
@@ -325,6 +329,12 @@ class EntryTap(LanguageModelTap):
             raise UnsupportedError(
                 f"the tap at '{self.path}' finds the {', '.join(self.tokens)} tokens in input_ids, which this call "
                 "does not give; pass routed_condition"
+            )
+        if _is_packed(call):
+            raise UnsupportedError(
+                f"the tap at '{self.path}' takes a row of input_ids for one sample, and this call packs several into "
+                "one: each would be routed by the images of all; pad them to rows of their own, or call the layers "
+                "with cu_seqlens and condition_cu_seqlens"
             )
         self.slot.arrival = functools.reduce(torch.logical_or, [ids == token for token in self.tokens.values()])
 
@@ -572,6 +582,33 @@ def _brings(name: str, value: Any) -> bool:
     if not _is_medium(name):
         return False
     return any(part is not None for part in value.values()) if isinstance(value, Mapping) else value is not None
+
+
+def _is_packed(call: Mapping[str, Any]) -> bool:
+    """Whether a model's call says that samples follow one another in a row, which attention keeps apart: by their
+    offsets, or by numbers of samples or positions that start again (looked at on the CPU only: elsewhere that would
+    wait for the device)."""
+    offsets, samples, positions = (call.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
+    if isinstance(offsets, Tensor) and offsets.numel() - 1 > len(call["input_ids"]):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        isinstance(samples, Tensor)
+        and samples.is_cpu
+        and samples.dim() == 2
+        and bool((samples != samples[:, :1]).any())
+    ):
+        return True
+    if not isinstance(positions, Tensor) or not positions.is_cpu:
+        return False
+    if positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of the text, before the three of Qwen-VL's rotary embedding
+    if positions.dim() != 2:
+        return False
+    # Between two rises: padding stands still.
+    step = positions.diff()
+    return bool(((step[:, :-2] == 1) & (step[:, 1:-1] < 0) & (step[:, 2:] == 1)).any())
 
 
 def _width_in(config: Any) -> int | None:

@@ -26,11 +26,28 @@ def test_autocast(make, low):
     with torch.autocast("cpu", dtype=low):
         got = results(lambda: layer(x, y), layer, x, y)
         state = layer.encode_condition(y)
-        assert layer(x, state).dtype == low
-    assert got[0].dtype == low and state.tensor.dtype == torch.float32
+        assert layer(x, state).dtype == got[0].dtype
+    # The base layer's, which takes part; but a residual goes through from layer to layer.
+    assert got[0].dtype == (low if make is lora else torch.float32) and state.tensor.dtype == torch.float32
     assert all(g.dtype == torch.float32 for g in got[1:])  # x, y and the parameters are
     for a, b in zip(got, wanted, strict=True):
         assert (a - b).norm() < 0.05 * b.norm()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_leaves_the_residual_alone(low, backend):
+    layer, y = rp.RoutedAdapter(D, R, condition_features=DC, backend=backend), torch.randn(B, M, DC)
+    x = torch.randn(B, N, D, requires_grad=True)
+    with torch.autocast("cpu", dtype=low):
+        for out in (layer(x, y), layer(x, layer.encode_condition(y))):
+            assert torch.equal(out, x)  # up is zero
+            assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
+        with torch.no_grad():
+            assert torch.equal(layer(x, y), x)
+            assert torch.equal(layer(x.to(low), y), x.to(low))
+        layer.residual = False
+        assert layer(x, y).dtype == low
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

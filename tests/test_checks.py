@@ -1,5 +1,6 @@
 """Bad arguments: each raises an error that names the argument and both sizes; nothing is lost or silently wrong."""
 
+import copy
 import re
 import warnings
 from dataclasses import replace
@@ -27,6 +28,10 @@ def adapter(**changed):
     return functional.routed_adapter(X, Y, routing="mul", **arguments)
 
 
+def encode(c, **options):
+    return functional.encode_condition(Y, c, routing="gram", **options)
+
+
 def onto(base, **options):
     return functional.apply("layer", X, A, Y, B, None, routing="mul", scaling=1.0, base=base, **options)
 
@@ -52,6 +57,11 @@ WRONG = {
         ),
         r"shape \(2, 6, 3\) does not fit routing 'gram' at width 6 in 1 group$",
     ),
+    "rows of C": (lambda: lora(c=torch.randn(1, 6)), r"C has 1 rows, but A \(3, 6\) needs 3$"),
+    "rows of C by the definition": (lambda: lora(c=torch.randn(1, 6), backend="reference"), "C has 1 rows"),
+    "C as a vector": (lambda: lora(c=torch.randn(6)), r"^routed_lora: C must be a matrix, got \(6,\)$"),
+    "C as a vector, encoded": (lambda: encode(torch.randn(6)), r"^encode_condition: C must be a matrix, got \(6,\)$"),
+    "groups of C": (lambda: encode(torch.randn(8, 6), groups=3), "groups must divide the 8 rows of C, got 3$"),
     "beams under grad": (lambda: lora(torch.randn(4, 5, 6)), "input batch 4 does not match condition batch 2"),
     "rows": (lambda: lora(torch.randn(7, 6)), "7 input rows cannot be split over condition batch 2"),
     "condition device": (lambda: lora(y=Y.to(META)), "condition is on meta, the layer input on cpu"),
@@ -157,6 +167,11 @@ def test_what_is_missing_is_named():
         (dict(condition_features=0), "condition_features must be a positive integer, got 0"),
         (dict(condition_features=2.5), "condition_features must be a positive integer, got 2.5"),
         (dict(out_slices=[0, 4]), "out_slices must be pairs (start, stop), got [0, 4]"),
+        (dict(route_across_slices=True), "route_across_slices=True needs out_slices"),
+        (
+            dict(condition_source="in_sequence", condition_dropout=0.1),
+            "condition_source='in_sequence' shares lora_dropout, so condition_dropout must be None",
+        ),
     ],
     ids=str,
 )
@@ -400,6 +415,51 @@ def test_no_optimizer_step_goes_unseen(optimizer, kind):
     optimizer(layer.parameters(), lr=0.1, **kind).step()
     with pytest.raises(StaleStateError, match="before the parameters changed"):
         layer(X, state)
+
+
+class Raw(torch.optim.SGD):
+    """Writes as bitsandbytes' optimizers do."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize("optimizer", [Raw, None], ids=["raw", "bitsandbytes"])
+def test_no_write_behind_autograd_s_back_by_an_optimizer_goes_unseen(optimizer):
+    optimizer = optimizer or pytest.importorskip("bitsandbytes").optim.Adam
+    layer = rp.RoutedLoRA.from_features(64, 64, r=8)
+    torch.nn.init.normal_(layer.lora_B)
+    x, y = torch.randn(2, 5, 64), torch.randn(2, 4, 64)
+    state, before = layer.encode_condition(y), layer.lora_A.detach().clone()
+    layer(x, y).sum().backward()
+    optimizer(layer.parameters(), lr=0.1).step()
+    assert not torch.equal(layer.lora_A, before)
+    with pytest.raises(StaleStateError, match="before the parameters changed"):
+        layer(x, state)
+
+
+def test_a_compiled_optimizer_step_is_counted():
+    layer = rp.RoutedLoRA.from_features(6, 10, r=3)
+    twin = copy.deepcopy(layer)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.1) for each in (layer, twin)]
+    state = layer.encode_condition(Y)
+    for each in (layer, twin):
+        each(X, Y).sum().backward()
+    torch.compile(optimizers[0].step, backend="aot_eager")()
+    optimizers[1].step()
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises(StaleStateError, match="before the parameters changed"):
+        layer(X, state)
+
+
+def test_states_can_be_compared():
+    layer = rp.RoutedLoRA.from_features(6, 10, r=3)
+    first, second = layer.encode_condition(Y), layer.encode_condition(Y)
+    assert first == first and first != second and len({first, second}) == 2
 
 
 def test_a_replaced_parameter_makes_a_state_foreign():

@@ -67,7 +67,41 @@ def vision_encoder_decoder():
     return tf.VisionEncoderDecoderModel(config=config), pictures
 
 
-FAMILIES = [mbart, pegasus, marian, m2m_100, mt5, whisper, vision_encoder_decoder]
+def pictures_and_text():
+    ids = torch.randint(5, 50, (2, 8))
+    ids[:, :5] = 4  # the picture's tokens
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def florence2():
+    """Whose decoder is that of a model inside of it."""
+    vision = {
+        "embed_dim": (8, 16), "depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
+        "patch_prenorm": (False, True), "num_heads": (2, 2), "num_groups": (2, 2), "window_size": 2,
+        "projection_dim": D, "drop_path_rate": 0.0,
+    }  # fmt: skip
+    text = {**SIZES, "max_position_embeddings": 64, "model_type": "bart"}
+    config = tf.Florence2Config(vision_config=vision, text_config=text, image_token_id=4)
+    return tf.Florence2ForConditionalGeneration(config), pictures_and_text
+
+
+def blip2_t5():
+    vision = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    former = {**SMALL, "num_hidden_layers": 1, "encoder_hidden_size": 16}
+    text = {
+        "d_model": D, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 60, "model_type": "t5",
+        **TOKENS,
+    }  # fmt: skip
+    config = tf.Blip2Config(
+        vision_config=vision, qformer_config=former, text_config=text, num_query_tokens=5, image_token_id=4
+    )
+    return tf.Blip2ForConditionalGeneration(config), pictures_and_text
+
+
+FAMILIES = [mbart, pegasus, marian, m2m_100, mt5, whisper, vision_encoder_decoder, florence2]
 
 
 def tapped(make):
@@ -88,7 +122,7 @@ def tapped(make):
 @torch.no_grad()
 def states(model, inputs):
     """The encoder's states, as the decoder gets them."""
-    y = model.get_encoder()(**inputs).last_hidden_state
+    y = model(**inputs, decoder_input_ids=torch.ones(2, 1, dtype=torch.int64)).encoder_last_hidden_state
     return model.enc_to_dec_proj(y) if hasattr(model, "enc_to_dec_proj") else y
 
 
@@ -123,3 +157,21 @@ def test_steps_with_a_cache_are_the_whole(make):
         out = model(encoder_outputs=states, **step, use_cache=True)
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, path", [(florence2, "model.language_model.encoder"), (blip2_t5, "language_model.encoder"), (mt5, "encoder")]
+)
+def test_the_path_of_an_encoder_taps_its_decoder(make, path):
+    model, inputs_of = make()
+    config = rp.RoutedLoRAConfig(
+        target_modules=r".*\.decoder\..*\.(q_proj|q)|decoder\..*\.q", r=4, condition_features=D
+    )
+    report = rp.attach(awaken(model.eval()), config, tap=path)
+    assert report.tap == f"encoder states at '{path[: -len('encoder')]}decoder'"
+    awaken(model)
+    call = {**inputs_of(), "decoder_input_ids": torch.randint(5, 50, (2, 5))}
+    with torch.no_grad():
+        got = model(**call).logits
+        with rp.condition(model, torch.zeros(2, 1, D)):
+            assert not torch.allclose(model(**call).logits, got, atol=1e-4)

@@ -455,3 +455,15 @@ def test_y_is_read_once_instead_of_once_for_each_layer(trains_y):
     assert (backward.bytes, backward_joined.bytes) == (
         (752640 + 2 * 23 * 31360, 31360) if trains_y else (752640, 31360)
     )
+
+
+def test_joined_layers_stay_apart_under_compile():
+    joined, apart = pair(bert, lora(["query", "value"]))
+    batch, y = batch_of(joined), torch.randn(2, 3, DC)
+    compiled = torch.compile(joined, backend="aot_eager")
+    for model in (compiled, apart):
+        output_of(model(**batch, routed_condition=y)).square().sum().backward()
+    got, want = gradients(joined), gradients(apart)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)

@@ -267,6 +267,8 @@ def test_a_replica_of_data_parallel_runs_its_own_parameters():
         replica._modules["lm_head"] = nn.Linear(32, 7)
         assert output_of(replica(**batch, routed_condition=y)).shape[-1] == 7
         assert torch.equal(output_of(model(**batch, routed_condition=y)), want)
+        with pytest.raises(rp.UnsupportedError, match="routed_condition_index would point into a part of it"):
+            replica(**batch, routed_condition=y, routed_condition_index=torch.tensor([0, 1]))
     rp.detach(model)
     assert "_replicate_for_data_parallel" not in model.__dict__
 

@@ -1,6 +1,7 @@
 """The layers: when they may compute from the base weight, what they refuse, what bake makes of them."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -142,6 +143,17 @@ def test_a_class_wide_forward_is_called(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight) * 3)
     assert not may_read_weight(layer.base_layer, x)
     torch.testing.assert_close(layer(x, y), layer.base_layer(x) + update_of(layer, x, y))
+
+
+def test_a_class_wide_forward_of_conv1d_is_called(monkeypatch):
+    base = conv1d()
+    layer, x, y, own = layer_of(base), torch.randn(2, 5, 16), torch.randn(2, 3, DC), type(base).forward
+    assert may_read_weight(base, x)
+    monkeypatch.setattr(type(base), "forward", functools.wraps(own)(lambda self, x: own(self, x) * 3))
+    assert not may_read_weight(base, x)
+    torch.testing.assert_close(layer(x, y), base(x) + update_of(layer, x, y))
+    with pytest.raises(rp.UnsupportedError, match="replaced forward"):
+        layer.bake(y[:1])
 
 
 def test_another_dtype_is_the_base_layer_s_business():
@@ -336,6 +348,107 @@ def test_deepcopy_and_state_dict():
     assert torch.equal(fresh(x, y), wanted)
 
 
+# ------------------------------------------------------------------------------------------------ what reaches the call
+def adapter_of(d_c=DC, **options):
+    """A RoutedAdapter with every bias awake; d_c None shares ``down``."""
+    return awaken(rp.RoutedAdapter(16, 4, condition_features=d_c, **options))
+
+
+def adapted(layer, x, y, **more):
+    """What the layer gives, from the functional form."""
+    return rp.functional.routed_adapter(
+        x, y, layer.down, layer.down_bias, layer.up, layer.up_bias, layer.condition_down, layer.condition_bias,
+        routing=layer.routing, activation=layer.activation, residual=layer.residual, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("routing", ["gram", "gram_relu", "ones"])
+def test_the_scale_reaches_every_form_of_a_call(routing):
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 4, DC)
+    layer = layer_of(routing=routing, condition_scale="none")
+    adapter = adapter_of(routing=routing, condition_scale="none")
+    for each, of in (
+        (layer, lambda **scale: layer.base_layer(x) + update_of(layer, x, y, **scale)),
+        (adapter, lambda **scale: adapted(adapter, x, y, **scale)),
+    ):
+        wanted = of(scale="none")
+        torch.testing.assert_close(each(x, y), wanted)
+        torch.testing.assert_close(each(x, each.encode_condition(y)), wanted)
+        assert not torch.allclose(wanted, of(scale="tokens"), atol=1e-3)
+
+
+@pytest.mark.parametrize("routing", [name for name in ROUTES if name not in ("none", "gram_reshape")])
+@pytest.mark.parametrize("pool", ["auto", "none", "first"])
+def test_a_shared_projection_of_an_adapter_takes_its_bias_along(routing, pool):
+    tokens = 1 if pool == "none" and ROUTES[routing].state == "tokens" else 4
+    x, y, mask = torch.randn(2, 1, 16), torch.randn(2, tokens, 16), torch.ones(2, tokens, dtype=torch.bool)
+    mask[0, 1:] = False
+    layer = adapter_of(None, routing=routing, condition_pool=pool)
+    wanted = adapted(layer, x, y, pool=pool, mask=mask)
+    torch.testing.assert_close(layer(x, y, mask), wanted)
+    torch.testing.assert_close(layer(x, layer.encode_condition(y, mask)), wanted)
+    with torch.no_grad():
+        layer.down_bias.zero_()
+    assert not torch.allclose(layer(x, y, mask), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_layer_takes_flat_batches(in_sequence, hook):
+    layer = layer_of(
+        routing="gram", **(dict(condition_features=None, condition_source="in_sequence") if in_sequence else {})
+    )
+    if hook:
+        layer.base_layer.register_forward_hook(lambda module, args, out: out * 2)
+    x, y, offsets = torch.randn(8, 16), torch.randn(4, DC), torch.tensor([0, 3, 8])
+    mask = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1])
+    if in_sequence:
+        got = layer(x, None, mask, cu_seqlens=offsets)
+        alone = [layer(x[None, a:b], None, mask[None, a:b]) for a, b in ((0, 3), (3, 8))]
+    else:
+        got = layer(x, y, cu_seqlens=offsets, condition_cu_seqlens=torch.tensor([0, 3, 4]))
+        alone = [layer(x[None, a:b], y[None, c:d]) for a, b, c, d in ((0, 3, 0, 3), (3, 8, 3, 4))]
+    torch.testing.assert_close(got, torch.cat([each[0] for each in alone]))
+
+
+def test_the_condition_s_dropout_is_its_own():
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 4, DC)
+    none_left = layer_of(routing="mul", lora_dropout=0.0, condition_dropout=1.0).train()
+    torch.testing.assert_close(none_left(x, y), none_left.base_layer(x))
+    y_alone = layer_of(routing="add", lora_dropout=1.0, condition_dropout=0.0).train()
+    torch.testing.assert_close(y_alone(x, y), y_alone.base_layer(x) + update_of(y_alone, torch.zeros_like(x), y))
+
+
+def test_mask_index_and_input_mask_reach_the_function():
+    x, y, index = torch.randn(3, 5, 16), torch.randn(2, 4, DC), torch.tensor([1, 0, 1])
+    mask, valid = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]]), torch.rand(3, 5) > 0.3
+    for routing in ("gram", "cross_gram"):
+        layer, adapter = layer_of(routing=routing), adapter_of(routing=routing)
+        more = dict(mask=mask, index=index, input_mask=valid)
+        wanted = layer.base_layer(x) + update_of(layer, x, y, **more)
+        torch.testing.assert_close(layer(x, y, mask, index, input_mask=valid), wanted)
+        torch.testing.assert_close(adapter(x, y, mask, index, input_mask=valid), adapted(adapter, x, y, **more))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_initial_values(init):
+    torch.manual_seed(0)
+    lora = rp.RoutedLoRA(nn.Linear(400, 300), r=64, condition_features=100)
+    adapter = rp.RoutedAdapter(400, 64, condition_features=100)
+    for layer, up, projections in (
+        (lora, [lora.lora_B], [lora.lora_A, lora.condition_A]),
+        (adapter, [adapter.up, adapter.up_bias, adapter.down_bias, adapter.condition_bias],
+         [adapter.down, adapter.condition_down]),
+    ):  # fmt: skip
+        layer.reset_parameters(init)
+        assert not any(p.any() for p in up)
+        for p in projections:
+            bound = p.shape[1] ** -0.5  # of Kaiming's uniform distribution with a = √5
+            if init == "kaiming":
+                assert 0.99 * bound < p.abs().max() <= bound
+            assert abs(p.std() / (bound / 3**0.5 if init == "kaiming" else 1 / 64) - 1) < 0.05
+
+
 # ------------------------------------------------------------------------------------------------ bake and merge
 LINEAR = [name for name, route in ROUTES.items() if route.linear]
 SLICES = [(None, False), ([(0, 8), (16, 24)], False), ([(0, 8), (16, 24)], True)]
@@ -345,15 +458,11 @@ def slice_id(value):
     return "whole" if value[0] is None else "mixed" if value[1] else "slices"
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("base", ["linear", "linear without bias", "conv1d"])
 @pytest.mark.parametrize("routing", LINEAR)
 @pytest.mark.parametrize("slices", SLICES, ids=slice_id)
-@pytest.mark.parametrize("base", ["linear", "conv1d"])
-def test_bake_is_the_layer(base, slices, routing, bias):
-    base = conv1d() if base == "conv1d" else nn.Linear(16, 24, bias=bias)
-    if not bias and type(base) is not nn.Linear:
-        base.bias = None
-        base.forward = lambda x: x @ base.weight  # Conv1D's own needs a bias
+def test_bake_is_the_layer(base, slices, routing):
+    base = conv1d() if base == "conv1d" else nn.Linear(16, 24, bias=base == "linear")
     layer = layer_of(base, routing=routing, out_slices=slices[0], route_across_slices=slices[1]).double()
     x, y, mask = torch.randn(1, 5, 16).double(), torch.randn(1, 3, DC).double(), torch.tensor([[1, 0, 1]])
     for given in ((y, mask), (y,), (y[:, 0],)):
@@ -390,6 +499,10 @@ def test_bake_refuses():
         layer_of(routing="mul", condition_pool="none").bake(y)
     with pytest.raises(rp.UnsupportedError, match="got Halved"):
         layer_of(Halved(16, 24)).bake(y)
+    layer = layer_of()
+    layer.base_layer.forward = lambda x: 3 * nn.functional.linear(x, layer.base_layer.weight)
+    with pytest.raises(rp.UnsupportedError, match="bake cannot take the base layer's hooks or replaced forward along"):
+        layer.bake(y)
 
 
 def test_merge_raises():

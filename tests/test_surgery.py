@@ -4,6 +4,7 @@ import copy
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -752,3 +753,106 @@ def test_offloaded_weights_are_fetched_by_their_hooks():
     assert all(p.is_meta for p in model.parameters())  # where nothing can be read behind the hooks' back
     # Not bit by bit: the base layer runs by itself here, and in one product with its update there.
     torch.testing.assert_close(run(model, batch, y), wanted)
+
+
+@pytest.mark.parametrize(
+    "config", [lora(["q_proj", "down_proj"]), adapter(["self_attn", "down_proj"])], ids=["lora", "adapter"]
+)
+def test_a_model_that_is_offloaded_can_be_attached(config, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, offloaded = llama(), llama()
+    offloaded.load_state_dict(model.state_dict())
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    for each in (model, offloaded):
+        rp.attach(each, config)
+    assert all(p.device.type == "cpu" for p in offloaded.parameters() if p.requires_grad)
+    awaken(model)
+    rp.save_adapter(model, tmp_path)
+    rp.load_adapter(offloaded, tmp_path)
+    batch, y = batch_of(model), torch.randn(2, 3, DC)
+    torch.testing.assert_close(run(offloaded, batch, y), run(model, batch, y))
+
+
+@pytest.mark.parametrize("first", ["attach", "offload"])
+def test_files_of_offloaded_parameters_are_refused(first, tmp_path):
+    """Of which copies would be lost without a word."""
+    accelerate = pytest.importorskip("accelerate")
+    model, offloaded, config = llama(), llama(), lora(["q_proj"], modules_to_save=["lm_head"])
+    rp.attach(awaken(model), config)
+    rp.save_adapter(model, tmp_path)
+    if first == "attach":
+        rp.attach(offloaded, config)
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(rp.AdapterFileError, match="of the model have no memory that could take the file's values"):
+        rp.load_adapter(offloaded, tmp_path)
+    if first == "attach":
+        with pytest.raises(rp.AdapterFileError, match="of the model have no values at hand"):
+            rp.save_adapter(offloaded, tmp_path)
+    else:
+        assert not any(isinstance(m, rp.RoutedLoRA) for m in offloaded.modules())  # as it was
+
+
+def test_the_order_of_patterns_is_part_of_the_config(tmp_path):
+    model, other = bert(), bert()
+    patterns = {"query": 4, ".*": 8}
+    rp.attach(model, lora(["query", "value"], alpha_pattern=patterns))
+    rp.save_adapter(model, tmp_path)
+    rp.attach(other, lora(["query", "value"], alpha_pattern=dict(reversed(patterns.items()))))
+    with pytest.raises(rp.AdapterFileError, match="another config than the attached one: alpha_pattern: file"):
+        rp.load_adapter(other, tmp_path)
+
+
+def test_what_others_keep_on_a_module_is_not_the_adapted_one_s():
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    rp.attach(model, adapter(["down_proj"]))
+    awaken(model)
+    batch, y = batch_of(model), torch.randn(2, 3, DC)
+    wanted = run(model, batch, y)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(run(model, batch, y), wanted)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(run(model, batch, y), wanted)
+
+    class Copied(nn.Linear):
+        def __deepcopy__(self, memo):
+            return nn.Linear(8, 8)
+
+    adapted = AdaptedModule(Copied(8, 8), rp.RoutedAdapter(8, 4, condition_features=DC))
+    assert type(copy.deepcopy(adapted)) is AdaptedModule
+
+
+def test_a_residual_stream_keeps_its_dtype_under_autocast():
+    model = bert()
+    batch, y = batch_of(model), torch.randn(2, 3, DC)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(model, batch)
+        rp.attach(model, adapter(["attention.output", "1.output"]))
+        adapted = run(model, batch, y)
+    assert adapted.dtype == plain.dtype == torch.float32
+    assert torch.equal(adapted, plain)  # up is zero
+
+
+def test_a_wrapper_of_the_attached_model_is_named():
+    model = bert()
+    rp.attach(model, lora(["query"]))
+    with pytest.raises(rp.RoutedPeftError, match="DataParallel is a wrapper of the attached model; pass its .module"):
+        rp.detach(nn.DataParallel(model))
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model, other = bert(), bert()
+    config = lora(
+        ["query"],
+        r=np.int64(4),
+        lora_alpha=np.float32(8),
+        lora_dropout=np.float64(0.5),
+        rank_pattern={"0.*": np.int32(2)},
+    )
+    rp.attach(model, config)
+    rp.save_adapter(model, tmp_path)
+    rp.load_adapter(other, tmp_path)
+    layers = [[m.lora_A.shape for m in each.modules() if isinstance(m, rp.RoutedLoRA)] for each in (model, other)]
+    assert layers[0] == layers[1] and len({*layers[0]}) == 2
+    written, plain = json.loads((tmp_path / "routed_config.json").read_text()), json.loads(json.dumps(config.to_dict()))
+    assert {key: written[key] for key in plain} == plain and plain["rank_pattern"] == {"0.*": 2}

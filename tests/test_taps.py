@@ -68,6 +68,47 @@ def text_only(batch):
     return {name: value.clamp(max=50) for name, value in batch.items() if name in keep}
 
 
+def packed(model):
+    """Two samples with an image each in one row; and the positions that tell attention so."""
+    batch = image_batch(model, (1, 1))
+    rows, length = batch["input_ids"].shape
+    batch = {
+        name: value.reshape(1, -1) if value.shape[:2] == (rows, length) else value for name, value in batch.items()
+    }
+    positions = torch.arange(length).repeat(rows)[None]
+    if model.config.model_type == "qwen2_vl":
+        positions = positions.expand(4, 1, -1)  # of the text, and of its rotary embedding
+    return {**batch, "position_ids": positions + (model.config.model_type == "paligemma")}
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+@pytest.mark.parametrize("make", ENTRY)
+def test_samples_packed_into_a_row_are_refused(make, in_sequence):
+    model = tapped(make, condition_source="in_sequence" if in_sequence else "external")
+    batch = packed(model)
+    length = batch["input_ids"].shape[1]
+    positions, bounds = batch.pop("position_ids"), torch.tensor([0, length // 2, length], dtype=torch.int32)
+    samples = torch.arange(2).repeat_interleave(length // 2)[None]
+    with torch.no_grad():
+        for more in ({"position_ids": positions}, {"cu_seq_lens_q": bounds}, {"seq_idx": samples}):
+            with pytest.raises(rp.UnsupportedError, match="takes a row of input_ids for one sample"):
+                model(**batch, **more)
+        for more in ({}, {"cu_seq_lens_q": bounds[::2]}, {"seq_idx": samples * 0}):  # one sample with two images
+            assert output_of(model(**batch, **more)).isfinite().all()
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+def test_positions_of_padding_are_no_packing(fill):
+    model = tapped(llava)
+    batch = image_batch(model, (1, 2), pad=1)
+    turned = {**batch, **{name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}}
+    for each in (batch, turned):  # on the left, and on the right
+        mask = each["attention_mask"]
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
+        with torch.no_grad():
+            assert output_of(model(**each, position_ids=positions)).isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------ what is tapped
 @pytest.mark.parametrize("make", ENTRY)
 def test_the_language_model_s_entry_is_the_images_features(make):
@@ -86,7 +127,8 @@ def test_the_language_model_s_entry_is_the_images_features(make):
         assert not torch.allclose(got[0], other[0], atol=1e-3)  # the condition matters
 
 
-@pytest.mark.parametrize("make", ENTRY)
+# PaliGemma counts its positions from the start of the row, padding too, whatever is attached.
+@pytest.mark.parametrize("make", [llava, qwen2_vl])
 def test_samples_keep_their_own_images(make):
     """A sample in a ragged, padded batch is what it is alone."""
     model = tapped(make)
@@ -100,8 +142,6 @@ def test_samples_keep_their_own_images(make):
             first[name] = first[name][:, keep]
     with torch.no_grad():
         both, alone = output_of(model(**batch)), output_of(model(**first))
-    if make is paligemma:  # counts its positions from the start of the row, padding too, whatever is attached
-        return
     torch.testing.assert_close(both[0, -3:], alone[0, -3:], rtol=1e-4, atol=1e-5)
 
 
@@ -244,11 +284,10 @@ def test_as_many_images_as_samples_are_not_one_for_each():
 
 
 # ------------------------------------------------------------------------------------------------ the condition follows
-@pytest.mark.parametrize("make", [*ENTRY, blip2])
-@pytest.mark.parametrize("in_sequence", [False, True])
+@pytest.mark.parametrize(
+    "make, in_sequence", [*((make, is_so) for make in ENTRY for is_so in (False, True)), (blip2, False)]
+)
 def test_a_text_only_batch_never_sees_an_earlier_image(make, in_sequence):
-    if make is blip2 and in_sequence:
-        return
     options = {"condition_source": "in_sequence"} if in_sequence else {}
     model = tapped(make, targets=["layers.0.self_attn.q_proj"] if make is blip2 else ["q_proj"], **options)
     batch = batch_of(model)

@@ -185,7 +185,7 @@ def awaken(model):
     """Random values for the up-projections, which start at zero and would hide every mistake."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.rpartition(".")[2] in ("lora_B", "matrix_B", "up", "up_bias", "down_bias"):
+            if name.rpartition(".")[2] in ("lora_B", "matrix_B", "up", "up_bias", "down_bias", "condition_bias"):
                 p.copy_(torch.randn_like(p) * 0.3)
     return model
 

@@ -32,7 +32,7 @@ try:
     from peft.utils.other import AuxiliaryTrainingWrapper
     from peft.utils.peft_types import PeftType, register_peft_method
 except ImportError as error:
-    raise ImportError("routed_peft.integrations.peft needs peft >= 0.20: pip install 'routed_peft[peft]'") from error
+    raise ImportError("routed_peft.integrations.peft needs peft >= 0.20: pip install 'peft>=0.20'") from error
 
 from ..base_layers import linear_features
 from ..config import ALL_LINEAR, RoutedLoRAConfig
