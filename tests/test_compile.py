@@ -172,6 +172,15 @@ def test_an_exported_model_takes_each_call_s_condition(make, tap, strict):
         assert not torch.allclose(want, before, atol=1e-4)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_conv1d_under_compile(grad, compiled):
+    base = tf.pytorch_utils.Conv1D(24, 16)
+    layer = wake(rp.RoutedLoRA(base, r=4, condition_features=DC, out_slices=[(0, 8), (16, 24)]))
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 3, DC)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(layer)(x, y), layer(x, y))
+
+
 # ------------------------------------------------------------------------------------------------ precision
 FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 

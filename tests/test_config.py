@@ -44,6 +44,7 @@ def test_a_config_has_every_keyword_of_its_layer_with_its_default(config, layer,
     ("condition_scale", "sqrt", "condition_scale must be one of"),
     ("lora_dropout", 1.5, "lora_dropout must lie in"),
     ("condition_dropout", -0.1, "condition_dropout must lie in"),
+    ("route_across_slices", True, "route_across_slices=True needs out_slices"),
     ("missing", "ignore", "missing must be one of"),
     ("init", "zeros", "init must be one of"),
     ("rank_pattern", ["q"], "rank_pattern must be a dict"),
@@ -54,6 +55,20 @@ def test_a_config_has_every_keyword_of_its_layer_with_its_default(config, layer,
 def test_lora_values_out_of_range(argument, value, text):
     with pytest.raises(ValueError, match=text):
         rp.RoutedLoRAConfig(**{**LORA, argument: value})
+
+
+@pytest.mark.parametrize("argument, value", [("condition_features", 8), ("condition_dropout", 0.1)])
+def test_in_sequence_layers_have_no_projection_and_no_dropout_for_the_condition(argument, value):
+    with pytest.raises(ValueError, match=f"condition_source='in_sequence' shares lora_.*, so {argument} must be None"):
+        rp.RoutedLoRAConfig(
+            **{
+                **LORA,
+                "condition_features": None,
+                "condition_dropout": None,
+                "condition_source": "in_sequence",
+                argument: value,
+            }
+        )
 
 
 @pytest.mark.parametrize("argument, value, text", [
