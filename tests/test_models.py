@@ -197,3 +197,35 @@ def test_an_encoder_attached_by_itself_is_a_model_like_others():
         want = output_of(model(ids))
     with torch.no_grad():
         assert torch.equal(output_of(model(ids, routed_condition=y)), want)
+
+
+def test_trainer_goes_on_from_its_own_checkpoint(tmp_path):
+    """As docs/training.md says: of a model that is built and attached in the same way."""
+    pytest.importorskip("accelerate")
+    start = llama().state_dict()
+    torch.manual_seed(1)
+    ids, y = torch.randint(3, 50, (8, 6)), torch.randn(8, 3, DC)
+    data = [{"input_ids": i, "labels": i, "routed_condition": c} for i, c in zip(ids, y, strict=True)]
+
+    def train(folder, steps, resume=None):
+        """The losses, and what was trained."""
+        model = llama()
+        model.load_state_dict(start)
+        torch.manual_seed(2)
+        rp.attach(model, rp.RoutedLoRAConfig(target_modules=["q_proj", "down_proj"], r=4, condition_features=DC))
+        arguments = tf.TrainingArguments(
+            str(folder), max_steps=steps, save_steps=2, logging_steps=1, per_device_train_batch_size=2, use_cpu=True,
+            learning_rate=0.1, lr_scheduler_type="constant", report_to=[], disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        trainer = tf.Trainer(model, arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    losses, wanted = train(tmp_path / "whole", 4)
+    train(tmp_path / "parts", 2)
+    again, got = train(tmp_path / "parts", 4, resume=str(tmp_path / "parts" / "checkpoint-2"))
+    assert again == losses and len({*losses}) == 4
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value)
+        assert value.any(), name
