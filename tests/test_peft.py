@@ -650,10 +650,17 @@ def test_the_dtype_of_the_adapter(autocast, tmp_path):
     assert {p.dtype for name, p in model.named_parameters() if "rpeft_" in name} == {wanted}
     wake(model)
     batch, y = batch_of(model), condition()
+    model.eval()
+    twin = copy.deepcopy(model).double()
     model(**batch, routed_condition=y).logits.float().square().mean().backward()
     assert {g.dtype for g in gradients(model).values()} == {wanted}
-    out = logits(model.eval(), batch, y)
+    out = logits(model, batch, y)
     assert out.dtype == torch.bfloat16
+    twin(**batch, routed_condition=y.double()).logits.square().mean().backward()
+    want = logits(twin, batch, y.double())
+    assert (out.double() - want).norm() < 0.03 * want.norm()
+    for name, exact in gradients(twin).items():
+        assert (gradients(model)[name].double() - exact).norm() < 0.1 * exact.norm(), name
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path, autocast_adapter_dtype=autocast)
     assert {p.dtype for name, p in loaded.named_parameters() if "rpeft_" in name} == {wanted}
