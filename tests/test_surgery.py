@@ -18,6 +18,7 @@ from tiny_models import (
     blip2,
     dual_encoder,
     gpt2,
+    gradients,
     llama,
     llama_config,
     llava,
@@ -771,6 +772,12 @@ def test_a_model_that_is_offloaded_can_be_attached(config, tmp_path):
     rp.load_adapter(offloaded, tmp_path)
     batch, y = batch_of(model), torch.randn(2, 3, DC)
     torch.testing.assert_close(run(offloaded, batch, y), run(model, batch, y))
+    for each in (model, offloaded):
+        output_of(each(**batch, routed_condition=y)).square().mean().backward()
+    got, want = gradients(offloaded), gradients(model)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["attach", "offload"])
