@@ -30,6 +30,7 @@ from routed_peft import functional
 REPLAYS = 50
 NCU_SECONDS = 120
 PLAYER = measure.Recorded()
+ncu_failed: list[str] = []  # why, once it has
 pytestmark = pytest.mark.benchmark(timer=PLAYER.now)
 
 
@@ -52,7 +53,7 @@ def options(layer: Layer) -> dict:
 
 def update(shape: Shape, onto: bool = False) -> measure.Call:
     """The update alone, or added to what another layer gave; nothing is kept for a backward."""
-    layer = Layer(shape, torch.bfloat16, "cuda", calls=measure.CALLS)
+    layer = Layer(shape, torch.bfloat16, "cuda")
     given = dict(options(layer), out_features=shape.out)
 
     def call(i: int):
@@ -67,7 +68,7 @@ def update(shape: Shape, onto: bool = False) -> measure.Call:
 
 def whole(shape: Shape) -> dict[str, measure.Call]:
     """The base layer with its update, alone, and as one writes it in torch; nothing is kept for a backward."""
-    layer = Layer(shape, torch.bfloat16, "cuda", calls=measure.CALLS)
+    layer = Layer(shape, torch.bfloat16, "cuda")
 
     def without_gradients(forward: peers.Forward) -> measure.Call:
         def call(i: int):
@@ -121,16 +122,16 @@ def ncu(case: str, kernel: str) -> dict[str, float]:
     return found
 
 
-def counted(case: str, kernel: str, refused: list[str] = []) -> dict[str, object]:  # noqa: B006
+def counted(case: str, kernel: str) -> dict[str, object]:
     if not shutil.which("ncu"):
         return {"ncu": "not on PATH"}
-    if refused:  # what fails once fails each time, and takes as long
-        return {"ncu": refused[0]}
+    if ncu_failed:  # and would each time, which takes as long
+        return {"ncu": ncu_failed[0]}
     torch.cuda.empty_cache()
     try:
         return ncu(case, kernel)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
-        refused.append(str(error))
+        ncu_failed.append(str(error))
         return {"ncu": str(error)}
 
 
@@ -207,8 +208,8 @@ def main() -> None:
     parser.add_argument("--once", metavar="CASE", choices=[*model.kernel_cases()], required=True)
     case = model.kernel_cases()[parser.parse_args().once]
     call = update(case.shape, case.onto)
-    for i in range(4):
-        call(i)
+    for _ in range(4):
+        call(0)
     torch.cuda.synchronize()
 
 

@@ -340,12 +340,19 @@ CELLS = [  # in the order in which they run, group by group
 ]
 
 
+def pytest_generate_tests(metafunc):
+    shapes, peers = (metafunc.config.getoption(name, None) for name in ("--shapes", "--peers"))
+    wanted = [
+        cell
+        for cell in CELLS
+        if any(word in cell[0] for word in shapes or [""]) and (peers is None or cell[-1] in peers)
+    ]
+    metafunc.parametrize("form, routing, way, peer", wanted)
+
+
 @pytest.mark.benchmark(timer=CLOCK.now)
-@pytest.mark.parametrize("form, routing, way, peer", CELLS)
 def test_model(benchmark, request, form, routing, way, peer):
     option = request.config.getoption
-    if not any(word in form for word in option("--shapes", [""])) or peer not in option("--peers", PEERS):
-        pytest.skip("not among --shapes and --peers")
     device = option("--device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     size = option("--size", None) or ("small" if device == "cpu" else "full")
     dtype = (option("--dtypes", None) or ["float32"])[0]

@@ -102,15 +102,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def pytest_generate_tests(metafunc):
+    wanted = metafunc.config.getoption("--peers", None)
+    sides = {"routed_peft": "routed_peft", "torch": "eager"}
+    metafunc.parametrize("peer", [side for side, peer in sides.items() if wanted is None or peer in wanted])
+
+
 @pytest.mark.benchmark(timer=PLAYER.now)
-@pytest.mark.parametrize("peer", ["routed_peft", "torch"])
 @pytest.mark.parametrize("way", ["no_grad", "forward", "step"])
 @pytest.mark.parametrize("routing", ["gram", "mul", "expand"])
 @pytest.mark.parametrize("form", ["function", "layer"])
-def test_overhead(benchmark, one_thread, pytestconfig, form, routing, way, peer):
-    wanted = pytestconfig.getoption("--peers", None)
-    if wanted is not None and (peer if peer == "routed_peft" else "eager") not in wanted:
-        pytest.skip("not among --peers")
+def test_overhead(benchmark, one_thread, form, routing, way, peer):
     times = measured(form, routing, way)[peer]
     benchmark.group = f"{form}, {routing}, {way}"
     benchmark.extra_info.update(

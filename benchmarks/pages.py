@@ -53,8 +53,7 @@ README = """\
 A layer with its frozen base, on {machine}, by {command}. Medians; after the comma how many times as long as routed_peft
 that is, by the median over {samples}, **bold** where the peer is faster. eager is the layer as one writes it in torch,
 aten the strongest form in plain torch with a backward by hand; peft is a LoRA without a route, on all columns also
-where ours is on slices of them (the gpt2 layers, of which it computes up to three times as much), and base no update at
-all.
+where ours is on slices of them (the gpt2 layers, where it has twice the products), and base no update at all.
 """
 REST = """\
 routed_peft is slower than aten by more than {slower:.0%} in {lost} of {compared} groups of shape, dtype and way{where};

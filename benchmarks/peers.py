@@ -3,7 +3,7 @@
 A peer is made for a :class:`Layer` and called with one of its inputs. All give the layer's output and, by autograd, the
 gradients of x, A and B; the condition and the base layer are frozen, and A projects the condition too, as in the paper.
 The floors compute something else: ``base`` has no update, PEFT's and the other libraries' LoRA has no route and no
-slices (where ours has slices, theirs has rank R for all of the output, up to three times the products). :func:`check`
+slices (where ours has slices, theirs has rank R for all of the output, which takes twice the products). :func:`check`
 holds a peer against the definition in float64 before it is timed.
 """
 

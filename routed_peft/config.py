@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from .errors import AdapterFileError, UnsupportedError
-from .modules import MISSING
+from .modules import MISSING, together
 from .routes import ACTIVATIONS, ROUTES, SCALES, number, one_of, positive, probability, resolve_pool
 
 FORMAT_VERSION = 1
@@ -156,12 +156,10 @@ class RoutedLoRAConfig(RoutedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("condition_source", self.condition_source, ("external", "in_sequence"))
-        if self.condition_source == "in_sequence" and self.condition_features is not None:
-            raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
-        if self.condition_source == "in_sequence" and self.condition_dropout is not None:
-            raise ValueError("condition_source='in_sequence' shares lora_dropout, so condition_dropout must be None")
-        if self.route_across_slices and not self.out_slices:
-            raise ValueError("route_across_slices=True needs out_slices")
+        together(
+            self.condition_source, self.condition_features, self.condition_dropout, self.out_slices,
+            self.route_across_slices,
+        )  # fmt: skip
         number("lora_alpha", self.lora_alpha)
         probability("lora_dropout", self.lora_dropout)
         if self.condition_dropout is not None:

@@ -193,6 +193,23 @@ class RoutedLayer(nn.Module):
         )  # fmt: skip
 
 
+def together(
+    condition_source: str,
+    condition_features: int | None,
+    condition_dropout: float | None,
+    out_slices: Sequence[tuple[int, int]] | None,
+    route_across_slices: bool,
+) -> None:
+    """A ValueError where options of a RoutedLoRA exclude one another, so that one of them would do nothing."""
+    in_sequence = condition_source == "in_sequence"
+    if in_sequence and condition_features is not None:
+        raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
+    if in_sequence and condition_dropout is not None:
+        raise ValueError("condition_source='in_sequence' shares lora_dropout, so condition_dropout must be None")
+    if route_across_slices and not out_slices:
+        raise ValueError("route_across_slices=True needs out_slices")
+
+
 class LowRankUpdate(RoutedLayer):
     """The routed update of a linear layer that it does not hold: ``s · ρ(x Aᵀ, y Cᵀ) B̂ᵀ``.
 
@@ -224,10 +241,6 @@ class LowRankUpdate(RoutedLayer):
     ) -> None:
         super().__init__(r, routing, condition_pool, condition_scale, missing, backend)
         self.condition_source = one_of("condition_source", condition_source, ("external", "in_sequence"))
-        if condition_source == "in_sequence" and condition_features is not None:
-            raise ValueError("condition_source='in_sequence' shares lora_A, so condition_features must be None")
-        if condition_source == "in_sequence" and condition_dropout is not None:
-            raise ValueError("condition_source='in_sequence' shares lora_dropout, so condition_dropout must be None")
         if condition_features is not None:
             positive("condition_features", condition_features)
         number("lora_alpha", lora_alpha)
@@ -237,8 +250,7 @@ class LowRankUpdate(RoutedLayer):
         out_slices = None if out_slices is None else list(out_slices)
         if not all(isinstance(pair, Iterable) and len([*pair]) == 2 for pair in out_slices or []):
             raise ValueError(f"out_slices must be pairs (start, stop), got {out_slices!r}")
-        if route_across_slices and not out_slices:
-            raise ValueError("route_across_slices=True needs out_slices")
+        together(condition_source, condition_features, condition_dropout, out_slices, route_across_slices)
         self.in_features, self.out_features = linear_features(base_layer)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)

@@ -593,12 +593,8 @@ def _is_packed(call: Mapping[str, Any]) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    if (
-        isinstance(samples, Tensor)
-        and samples.is_cpu
-        and samples.dim() == 2
-        and bool((samples != samples[:, :1]).any())
-    ):
+    numbers = samples if isinstance(samples, Tensor) and samples.is_cpu and samples.dim() == 2 else None
+    if numbers is not None and bool((numbers != numbers[:, :1]).any()):
         return True
     if not isinstance(positions, Tensor) or not positions.is_cpu:
         return False

@@ -41,8 +41,8 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     every, wrong = list(cases()), 0
     for case in every:
-        want = case.gradients("reference", dtype=torch.float64, frozen="W")
-        got = case.gradients("cuda", frozen="W")
+        want = case.gradients("reference", dtype=torch.float64, frozen=("W",))
+        got = case.gradients("cuda", frozen=("W",))
         for name, exact in want.items():
             if exact is None:
                 continue

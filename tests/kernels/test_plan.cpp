@@ -120,7 +120,7 @@ void rank_one_of_a_bank() {
   p.routing = Routing::kGram;
   p.kind = StateKind::kVector;
   for (const int64_t samples : {0, 1, 4}) {
-    for (const int64_t rows : {samples, 3 * samples}) {
+    for (const int64_t rows : {int64_t{0}, samples, 3 * samples}) {
       p.inputs = {samples, rows, nullptr};
       for (const int64_t conditions : {samples, rows, rows + 1}) {
         p.conditions = {conditions, conditions, nullptr};
