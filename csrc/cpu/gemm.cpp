@@ -32,6 +32,7 @@ constexpr int64_t kWidestRuns = 1024, kRunsSums = 1 << 17;
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
+constexpr int64_t kFar = 1 << 21;       // bytes of an out that a cache hardly has before it is written
 constexpr int64_t kPieces = 4;  // blocks of a product for each thread, so that the last ones hardly wait for another
 
 // Whether the product reads b as it lies: where it serves few rows, and its rows are what the micro kernels take.
@@ -106,14 +107,40 @@ int64_t strip_rows(int64_t left, int64_t step) {
   return step * (steps >= 5 || steps == 3 ? 3 : std::min<int64_t>(steps, 2));
 }
 
-// rows × cols from (i, j) on are about to be read: their way into the cache overlaps with the products. (What is about
-// to be written comes as fast by itself.) Inlined, since gcc drops calls of a function that only asks for memory.
+// rows × cols from (i, j) on are about to be read: their way into the cache overlaps with the products. Inlined, since
+// gcc drops calls of a function that only asks for memory.
 [[gnu::always_inline]] inline void expect(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t cols) {
   const char* at = static_cast<const char*>(m.at(i, j));
   const int64_t size = element_size(m.dtype), line = m.row_stride * size, bytes = cols * size;
   for (int64_t row = 0; row < rows; ++row, at += line) {
     for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(at + byte);
   }
+}
+
+// rows × cols of m from (i, j) on, asked for in `asks` times; nothing where a cache is likely to have them.
+Wanted wanted_of(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t cols, int64_t asks) {
+  const int64_t size = element_size(m.dtype);
+  if (m.col_stride != 1 || m.rows * m.cols * size < kFar) return {};
+  Wanted wanted{};
+  wanted.at = static_cast<const char*>(m.at(i, j));
+  wanted.stride = m.row_stride * size;
+  wanted.bytes = cols * size;
+  wanted.rows = rows;
+  wanted.each = (rows * ((wanted.bytes + Wanted::kLine - 1) / Wanted::kLine) + asks - 1) / asks;
+  return wanted;
+}
+
+// The same of out and of what is added to it. Nothing where they come while a mask is drawn; or, with products as fast
+// as `tiles`, where they are only written: then it takes longer to ask than to wait.
+Wanted wanted_of(const Matrix& out, const Epilogue& e, int64_t i, int64_t j, int64_t rows, int64_t cols, int64_t asks,
+                 bool tiles) {
+  if (e.mask.threshold != 0 || (tiles && !e.accumulate && !e.residual)) return {};
+  Wanted wanted = wanted_of(out, i, j, rows, cols, asks);
+  if (e.residual && e.residual.dtype == out.dtype && e.residual.col_stride == 1) {
+    wanted.other = static_cast<const char*>(e.residual.at(i, j));
+    wanted.other_stride = e.residual.row_stride * element_size(out.dtype);
+  }
+  return wanted;
 }
 
 // The sums as they stand: alpha and the mask are of the first product alone where a second one follows.
@@ -187,6 +214,17 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           if (lying < cols) lay_panels<Acc, Format>(f->b, k0, j0 + lying, depth, cols - lying, fresh);
           panels = fresh;
         }
+        // What is written after this step, or read for the next one.
+        Wanted wanted{};
+        const bool tiles = Format::unit_step() > 1;
+        const int64_t calls = (ld + wide - 1) / wide * ((padded_rows + 3 * row_step - 1) / (3 * row_step));
+        const int64_t asks = calls * ((units + Wanted::kSteps - 1) / Wanted::kSteps);
+        if (final && k0 + depth == k) {
+          wanted = turned ? wanted_of(out.transposed(), last, j0, i0, cols, rows, asks, tiles)
+                          : wanted_of(out, last, i0, j0, rows, cols, asks, tiles);
+        } else if (!tiles && k0 + depth < k && j0 == left && plain(f->a) && !lines_are_columns(f->a)) {
+          wanted = wanted_of(f->a.matrix, i0, k0 + depth, rows, std::min(step, k - k0 - depth), asks);
+        }
         for (int64_t part = 0; part < rows; part += near_rows) {
           const int64_t part_rows = std::min(near_rows, rows - part), padded = up(part_rows, row_step);
           if (j0 == left) {  // a tile serves all parts of the columns; where there are several tiles, there is one part
@@ -202,7 +240,7 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
             for (int64_t i = 0, taken; i < padded; i += taken) {
               taken = strip_rows(padded - i, row_step);
               Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col, panel, panel_row,
-                                                               add, sums + (part + i) * ld + j, ld);
+                                                               add, sums + (part + i) * ld + j, ld, wanted);
             }
           }
         }

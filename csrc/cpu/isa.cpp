@@ -159,17 +159,25 @@ namespace avx512 {
 // Loops::micro for pairs of bfloat16.
 template <int kRows, int kVectors>
 void pairs(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, int64_t panel_row,
-           bool add, float* c, int64_t ldc) {
+           bool add, float* c, int64_t ldc, Wanted& wanted) {
   __m512 sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    __m512i b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(panel + k * panel_row + v * 16);
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i value = _mm512_set1_epi32(static_cast<int>(a[i * a_row + k * a_col]));
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)value, (__m512bh)b[v]);
+  constexpr int kGroup = 4;
+  const uint32_t* group[(kRows + kGroup - 1) / kGroup];
+  for (int i = 0; i < kRows; i += kGroup) group[i / kGroup] = a + i * a_row;
+  const int64_t steps = wanted.rows > 0 ? Wanted::kSteps : depth;
+  for (int64_t k = 0; k < depth;) {
+    wanted.ask();
+    for (const int64_t stop = k + steps < depth ? k + steps : depth; k < stop; ++k) {
+      __m512i b[kVectors];
+      for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(panel + k * panel_row + v * 16);
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i value = _mm512_set1_epi32(static_cast<int>(group[i / kGroup][i % kGroup * a_row]));
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], (__m512bh)value, (__m512bh)b[v]);
+      }
+      for (const uint32_t*& rows : group) rows += a_col;
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -372,12 +380,13 @@ void close() { _tile_release(); }
 // a panel are as TDPBF16PS takes them.
 template <int kTiles, int kVectors>
 void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel, int64_t panel_row,
-           bool add, float* c, int64_t ldc) {
+           bool add, float* c, int64_t ldc, Wanted& wanted) {
   if constexpr (kTiles == 3) {
-    tiles<2, kVectors>(depth, a, a_row, a_col, panel, panel_row, add, c, ldc);
-    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, panel_row, add, c + 32 * ldc, ldc);
+    tiles<2, kVectors>(depth, a, a_row, a_col, panel, panel_row, add, c, ldc, wanted);
+    tiles<1, kVectors>(depth, a + 32 * a_row, a_row, a_col, panel, panel_row, add, c + 32 * ldc, ldc, wanted);
   } else {
     const int64_t row = a_row * 4, right_row = panel_row * 4, line = ldc * 4;
+    for (int64_t k = 0; wanted.rows > 0 && k < depth; k += Wanted::kSteps) wanted.ask();  // the loop below is short
     const uint32_t* lower = a + 16 * a_row;
     float* under = c + 16 * ldc;
     if (add) {

@@ -8,6 +8,32 @@
 
 namespace routed_peft::cpu {
 
+// Rows of bytes that are wanted soon. The micro kernels ask for a few lines of them every kSteps units, so that they
+// come while something is computed; many at once would be waited for.
+struct Wanted {
+  static constexpr int64_t kSteps = 16, kLine = 64;
+
+  const char *at = nullptr, *other = nullptr;  // `other`: as many bytes of another matrix, or nullptr
+  int64_t stride = 0, other_stride = 0, bytes = 0, rows = 0;
+  int64_t each = 1;  // lines at a time
+  int64_t byte = 0;
+
+  // In the second cache: the nearest one has what is multiplied. Inlined, since gcc drops calls of a function that only
+  // asks for memory.
+  [[gnu::always_inline]] inline void ask() {
+    for (int64_t i = 0; i < each && rows > 0; ++i) {
+      __builtin_prefetch(at + byte, 0, 2);
+      if (other != nullptr) __builtin_prefetch(other + byte, 0, 2);
+      byte += kLine;
+      if (byte < bytes) continue;
+      byte = 0;
+      at += stride;
+      other += other_stride;
+      --rows;
+    }
+  }
+};
+
 // Acc is float, or double where the tensors are.
 template <class Acc>
 struct Isa {
@@ -16,7 +42,7 @@ struct Isa {
   // half).
   template <class Unit>
   using Micro = void (*)(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel,
-                         int64_t panel_row, bool add, Acc* c, int64_t ldc);
+                         int64_t panel_row, bool add, Acc* c, int64_t ldc, Wanted& wanted);
 
   const char* name;
   plan::Processor processor;

@@ -80,19 +80,29 @@ struct Loops {
 
   template <int kRows, int kVectors>
   static void micro(int64_t depth, const Acc* a, int64_t a_row, int64_t a_col, const Acc* panel, int64_t panel_row,
-                    bool add, Acc* c, int64_t ldc) {
+                    bool add, Acc* c, int64_t ldc, Wanted& wanted) {
     // In chains of kChain additions, each from zero: short chains round less than one long one, at some cost in speed
     // (tests/test_accuracy.py is what longer ones fail).
     constexpr int64_t kChain = 64;
+    const int64_t steps = wanted.rows > 0 ? Wanted::kSteps : kChain;
     for (int64_t first = 0; first < depth; first += kChain) {
       const int64_t last = first + kChain < depth ? first + kChain : depth;
       Vector sum[kRows][kVectors] = {};
-      for (int64_t k = first; k < last; ++k) {
-        Vector b[kVectors];
-        for (int v = 0; v < kVectors; ++v) b[v] = at(panel + k * panel_row + v * kLanes);
-        for (int i = 0; i < kRows; ++i) {
-          const Acc value = a[i * a_row + k * a_col];
-          for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+      // A pointer for every kGroup rows, from which an instruction reaches the others: one for every row would not stay
+      // in registers, and to fetch it takes a multiplication's place.
+      constexpr int kGroup = kRows > 8 ? 4 : kRows;
+      const Acc* group[(kRows + kGroup - 1) / kGroup];
+      for (int i = 0; i < kRows; i += kGroup) group[i / kGroup] = a + first * a_col + i * a_row;
+      for (int64_t k = first; k < last;) {
+        wanted.ask();
+        for (const int64_t stop = k + steps < last ? k + steps : last; k < stop; ++k) {
+          Vector b[kVectors];
+          for (int v = 0; v < kVectors; ++v) b[v] = at(panel + k * panel_row + v * kLanes);
+          for (int i = 0; i < kRows; ++i) {
+            const Acc value = group[i / kGroup][i % kGroup * a_row];
+            for (int v = 0; v < kVectors; ++v) sum[i][v] += value * b[v];
+          }
+          for (const Acc*& rows : group) rows += a_col;
         }
       }
       for (int i = 0; i < kRows; ++i) {
@@ -149,10 +159,18 @@ struct Loops {
     const char* source = static_cast<const char*>(from);
     const int64_t size = element_size(dtype);
     for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t j = 0; j < n; j += width) {
+      Acc* target = to + k * width;
+      for (int64_t j = 0; j < n; j += width, target += panel) {
         const int64_t count = n - j < width ? n - j : width;
-        Acc* target = to + j / width * panel + k * width;
-        load(source + (k * stride + j) * size, dtype, count, target);
+        const char* line = source + (k * stride + j) * size;
+        if (dtype == kOwn && count == 2 * kLanes) {  // a panel's, without a loop
+          const Vector first = at(reinterpret_cast<const Acc*>(line));
+          const Vector second = at(reinterpret_cast<const Acc*>(line) + kLanes);
+          *reinterpret_cast<Loose*>(target) = first;
+          *reinterpret_cast<Loose*>(target + kLanes) = second;
+        } else {
+          load(line, dtype, count, target);
+        }
         for (int64_t i = count; i < width; ++i) target[i] = 0;
       }
     }

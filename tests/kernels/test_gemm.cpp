@@ -1,5 +1,8 @@
 #include <atomic>
 #include <chrono>
+#include <cstring>
+#include <initializer_list>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -499,6 +502,69 @@ void dot_and_axpy() {
   }
 }
 
+cpu::Isa<float>::Micro<float> micro_of_set[3][2];
+std::multiset<const char*> asked;
+
+// A kernel of the set, and what it asked for.
+template <int kSteps, int kVectors>
+void noting(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* panel, int64_t panel_row,
+            bool add, float* c, int64_t ldc, cpu::Wanted& wanted) {
+  cpu::Wanted before = wanted;
+  before.each = 1;
+  micro_of_set[kSteps][kVectors](depth, a, a_row, a_col, panel, panel_row, add, c, ldc, wanted);
+  while (before.rows > wanted.rows || before.byte != wanted.byte) {
+    asked.insert(before.at + before.byte);
+    if (before.other) asked.insert(before.other + before.byte);
+    before.ask();
+  }
+}
+
+// The micro kernels ask for what is written next, what is added to it, and what is read next: all of it, nothing else,
+// and once; not where it is small, nor where a mask is drawn.
+void asks() {
+  auto& set = const_cast<cpu::Isa<float>&>(cpu::isa<float>());
+  std::memcpy(micro_of_set, set.micro, sizeof(set.micro));
+  const cpu::Isa<float>::Micro<float> kNoting[3][2] = {
+      {noting<0, 0>, noting<0, 1>}, {noting<1, 0>, noting<1, 1>}, {noting<2, 0>, noting<2, 1>}};
+  std::memcpy(set.micro, kNoting, sizeof(set.micro));
+  constexpr int64_t kRows = 1100, kColumns = 520, kRank = 40, kStep = 256;
+  const auto filled = [](int64_t rows, int64_t cols) {
+    Tensor t(Dtype::kFloat32, rows, cols);
+    t.fill([](int64_t i, int64_t j) { return float((i + j) % 7); });
+    return t;
+  };
+  Tensor large = filled(kRows, kColumns), other = filled(kRows, kColumns), narrow = filled(kRows, kRank);
+  Tensor weight = filled(kRank, kColumns);
+  const auto expect = [&](const char* what, int64_t first, std::initializer_list<const Matrix*> matrices) {
+    std::multiset<const char*> expected;
+    for (const Matrix* m : matrices) {
+      for (int64_t i = 0; i < kRows; ++i) {
+        const char* line = static_cast<const char*>(m->at(i, 0));
+        for (int64_t byte = first * 4; byte < kColumns * 4; byte += cpu::Wanted::kLine) expected.insert(line + byte);
+      }
+    }
+    CHECK(asked == expected, "%s: %zu lines asked for, not %zu", what, asked.size(), expected.size());
+    asked.clear();
+  };
+  const cpu::Host& one = host(0);
+  const Matrix out = large.matrix(), residual = other.matrix();
+  cpu::gemm<float>(one, out, narrow.matrix(), weight.matrix());
+  expect("out", 0, {&out});
+  Epilogue e;
+  e.residual = residual;
+  cpu::gemm<float>(one, out, narrow.matrix(), weight.matrix(), e);
+  expect("out and a residual", 0, {&out, &residual});
+  e = {};
+  e.mask.threshold = 6554;
+  cpu::gemm<float>(one, out, narrow.matrix(), weight.matrix(), e);
+  expect("a masked out", 0, {});
+  cpu::gemm<float>(one, narrow.matrix(), residual, weight.matrix().transposed());
+  expect("what is read", kStep, {&residual});
+  cpu::gemm<float>(one, out.block(0, 0, 100, kColumns), narrow.matrix().block(0, 0, 100, kRank), weight.matrix());
+  expect("a small out", 0, {});
+  std::memcpy(set.micro, micro_of_set, sizeof(set.micro));
+}
+
 void chosen_set() {
   const char* wanted = std::getenv("ROUTED_PEFT_ISA");
   std::printf("instruction set: %s, asked for: %s\n", cpu::isa<float>().name, wanted ? wanted : "any");
@@ -542,6 +608,7 @@ int main() {
   using namespace routed_peft::test;
   use_tiles();
   chosen_set();
+  asks();
   shared_pieces();
   half_round_trips<float>();
   half_round_trips<double>();

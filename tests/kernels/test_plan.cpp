@@ -189,6 +189,8 @@ void library() {
   for (const int64_t r : {16, 32, 33, 64, 65}) {  // T, G and dB have r columns; up and dX are r deep; dA has r rows
     const bool goes = plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 768, r);
     CHECK(goes == (r <= 32 || r > 64), "a product %d deep", int(r));
+    const bool with_bias = plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 768, r, true);
+    CHECK(with_bias == (r <= 32 || r > 256), "%d deep with a bias", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 2048, r, 768) == (r > 64), "%d columns", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 255, r, 4096), "%d columns of few rows", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 256, r, 4096) == (r > 64), "%d columns of more rows", int(r));

@@ -16,7 +16,7 @@ inline thread_local bool tiles_open = false;
 
 template <int kTiles, int kVectors>
 void tiles_by_hand(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel,
-                   int64_t panel_row, bool add, float* c, int64_t ldc) {
+                   int64_t panel_row, bool add, float* c, int64_t ldc, cpu::Wanted&) {
   CHECK(tiles_open && a_col == 1 && depth > 0 && depth % 16 == 0, "depth %d", int(depth));
   const auto number = [](uint32_t unit, bool second) {
     return std::bit_cast<float>(second ? unit & 0xFFFF0000u : unit << 16);
