@@ -32,7 +32,6 @@ constexpr int64_t kWidestRuns = 1024, kRunsSums = 1 << 17;
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
 constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
-constexpr int64_t kFar = 1 << 21;       // bytes of an out that a cache hardly has before it is written
 constexpr int64_t kPieces = 4;  // blocks of a product for each thread, so that the last ones hardly wait for another
 
 // Whether the product reads b as it lies: where it serves few rows, and its rows are what the micro kernels take.
@@ -105,16 +104,6 @@ int64_t laid_at(int64_t j0, int64_t cols, int64_t k0, int64_t k) {
 int64_t strip_rows(int64_t left, int64_t step) {
   const int64_t steps = left / step;
   return step * (steps >= 5 || steps == 3 ? 3 : std::min<int64_t>(steps, 2));
-}
-
-// rows × cols from (i, j) on are about to be read: their way into the cache overlaps with the products. Inlined, since
-// gcc drops calls of a function that only asks for memory.
-[[gnu::always_inline]] inline void expect(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t cols) {
-  const char* at = static_cast<const char*>(m.at(i, j));
-  const int64_t size = element_size(m.dtype), line = m.row_stride * size, bytes = cols * size;
-  for (int64_t row = 0; row < rows; ++row, at += line) {
-    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(at + byte);
-  }
 }
 
 // rows × cols of m from (i, j) on, asked for in `asks` times; nothing where a cache is likely to have them.

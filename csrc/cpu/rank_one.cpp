@@ -72,6 +72,9 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
     std::fill_n(bias.get(), o, Acc{0});
   }
   Directions<Acc> directions(p, std::min(conditions, plan::kConditionBlock));
+  // To convert takes longer than to wait.
+  const bool far = out.dtype == accumulated_dtype<Acc>() && out.col_stride == 1 &&
+                   out.rows * out.cols * int64_t{sizeof(Acc)} >= kFar;
   for (int64_t c0 = 0; c0 < conditions; c0 += plan::kConditionBlock) {
     const int64_t c1 = std::min(c0 + plan::kConditionBlock, conditions);
     directions.make(host, v + c0 * p.width, c1 - c0);
@@ -85,6 +88,7 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
         const Acc* q = directions.q_of(s.condition - c0);
         const Acc* up = directions.up_of(s.condition - c0);
         for (int64_t row = s.begin; row < s.end; ++row) {
+          if (far && row + 1 < s.end) expect(out, row + 1, 0, 1, o);
           load_row(p.x, row, 0, d, x, p.residual ? Dropout{} : p.drop_x);
           if (p.base) {
             load_row(p.base, row, 0, o, line);

@@ -2,8 +2,22 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
 
 namespace routed_peft::cpu {
+
+// Bytes of a matrix that a cache hardly has before it is read or written.
+constexpr int64_t kFar = 1 << 21;
+
+// rows × cols from (i, j) on are about to be read or written: their way into the cache overlaps with what is computed.
+// Inlined, since gcc drops calls of a function that only asks for memory.
+[[gnu::always_inline]] inline void expect(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t cols) {
+  const char* at = static_cast<const char*>(m.at(i, j));
+  const int64_t size = element_size(m.dtype), line = m.row_stride * size, bytes = cols * size;
+  for (int64_t row = 0; row < rows; ++row, at += line) {
+    for (int64_t byte = 0; byte < bytes; byte += Wanted::kLine) __builtin_prefetch(at + byte);
+  }
+}
 
 // out [m, n] = rows of bias (zero where absent), plus residual.
 template <class Acc>
