@@ -115,7 +115,7 @@ Wanted wanted_of(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t co
   wanted.stride = m.row_stride * size;
   wanted.bytes = cols * size;
   wanted.rows = rows;
-  wanted.each = (rows * ((wanted.bytes + Wanted::kLine - 1) / Wanted::kLine) + asks - 1) / asks;
+  wanted.each = (rows * ((wanted.bytes + kCacheLine - 1) / kCacheLine) + asks - 1) / asks;
   return wanted;
 }
 

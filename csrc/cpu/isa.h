@@ -8,28 +8,29 @@
 
 namespace routed_peft::cpu {
 
+constexpr int64_t kCacheLine = 64;
+
 // Rows of bytes that are wanted soon. The micro kernels ask for a few lines of them every kSteps units, so that they
 // come while something is computed; many at once would be waited for.
 struct Wanted {
-  static constexpr int64_t kSteps = 16, kLine = 64;
+  static constexpr int64_t kSteps = 16;
 
   const char *at = nullptr, *other = nullptr;  // `other`: as many bytes of another matrix, or nullptr
   int64_t stride = 0, other_stride = 0, bytes = 0, rows = 0;
   int64_t each = 1;  // lines at a time
   int64_t byte = 0;
 
-  // In the second cache: the nearest one has what is multiplied. Inlined, since gcc drops calls of a function that only
-  // asks for memory.
+  // For the second cache: the nearest one has what is multiplied. Inlined, as a part of their inner loops.
   [[gnu::always_inline]] inline void ask() {
     for (int64_t i = 0; i < each && rows > 0; ++i) {
       __builtin_prefetch(at + byte, 0, 2);
       if (other != nullptr) __builtin_prefetch(other + byte, 0, 2);
-      byte += kLine;
+      byte += kCacheLine;
       if (byte < bytes) continue;
       byte = 0;
+      if (--rows == 0) return;
       at += stride;
       other += other_stride;
-      --rows;
     }
   }
 };

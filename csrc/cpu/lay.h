@@ -12,7 +12,7 @@
 namespace routed_peft::cpu {
 
 constexpr int64_t kNearColumns = 128;  // of out, for which rows of a are multiplied as they lie wherever they do
-constexpr int64_t kCacheLine = 64, kAheadBytes = 2048;  // how far lines are asked for before they are read
+constexpr int64_t kAheadBytes = 2048;  // how far lines are asked for before they are read
 
 inline int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

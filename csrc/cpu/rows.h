@@ -1,4 +1,4 @@
-// Rows of matrices, of any dtype and strides: read, written, and finished from their sums.
+// Rows of matrices, of any dtype and strides: asked for, read, written, and finished from their sums.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -15,7 +15,7 @@ constexpr int64_t kFar = 1 << 21;
   const char* at = static_cast<const char*>(m.at(i, j));
   const int64_t size = element_size(m.dtype), line = m.row_stride * size, bytes = cols * size;
   for (int64_t row = 0; row < rows; ++row, at += line) {
-    for (int64_t byte = 0; byte < bytes; byte += Wanted::kLine) __builtin_prefetch(at + byte);
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) __builtin_prefetch(at + byte);
   }
 }
 

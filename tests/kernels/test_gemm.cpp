@@ -502,17 +502,20 @@ void dot_and_axpy() {
   }
 }
 
-cpu::Isa<float>::Micro<float> micro_of_set[3][2];
+template <class Unit>
+cpu::Isa<float>::Micro<Unit> micro_of_set[3][2];
 std::multiset<const char*> asked;
 
-// A kernel of the set, and what it asked for.
-template <int kSteps, int kVectors>
-void noting(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* panel, int64_t panel_row,
-            bool add, float* c, int64_t ldc, cpu::Wanted& wanted) {
+// A kernel of the set, and what it asked for: not all at once.
+template <class Unit, int kIndex, int kVectors>
+void noting(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Unit* panel, int64_t panel_row, bool add,
+            float* c, int64_t ldc, cpu::Wanted& wanted) {
   cpu::Wanted before = wanted;
+  micro_of_set<Unit>[kIndex][kVectors](depth, a, a_row, a_col, panel, panel_row, add, c, ldc, wanted);
+  const int64_t most = 2 * before.each * (depth / cpu::Wanted::kSteps + 1);
   before.each = 1;
-  micro_of_set[kSteps][kVectors](depth, a, a_row, a_col, panel, panel_row, add, c, ldc, wanted);
-  while (before.rows > wanted.rows || before.byte != wanted.byte) {
+  for (int64_t lines = 1; before.rows > wanted.rows || before.byte != wanted.byte; ++lines) {
+    CHECK(lines <= most, "%d lines asked for in %d units", int(lines), int(depth));
     asked.insert(before.at + before.byte);
     if (before.other) asked.insert(before.other + before.byte);
     before.ask();
@@ -520,49 +523,79 @@ void noting(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const f
 }
 
 // The micro kernels ask for what is written next, what is added to it, and what is read next: all of it, nothing else,
-// and once; not where it is small, nor where a mask is drawn.
-void asks() {
-  auto& set = const_cast<cpu::Isa<float>&>(cpu::isa<float>());
-  std::memcpy(micro_of_set, set.micro, sizeof(set.micro));
-  const cpu::Isa<float>::Micro<float> kNoting[3][2] = {
-      {noting<0, 0>, noting<0, 1>}, {noting<1, 0>, noting<1, 1>}, {noting<2, 0>, noting<2, 1>}};
-  std::memcpy(set.micro, kNoting, sizeof(set.micro));
-  constexpr int64_t kRows = 1100, kColumns = 520, kRank = 40, kStep = 256;
-  const auto filled = [](int64_t rows, int64_t cols) {
-    Tensor t(Dtype::kFloat32, rows, cols);
-    t.fill([](int64_t i, int64_t j) { return float((i + j) % 7); });
+// and once; not where it is small, nor where a mask is drawn. And they compute the same as without.
+template <class Unit>
+void asks(cpu::Isa<float>::Micro<Unit> (&micro)[3][2], Dtype dtype, bool tiles) {
+  using cpu::Isa;
+  std::memcpy(micro_of_set<Unit>, micro, sizeof(micro));
+  const Isa<float>::Micro<Unit> kNoting[3][2] = {{noting<Unit, 0, 0>, noting<Unit, 0, 1>},
+                                                 {noting<Unit, 1, 0>, noting<Unit, 1, 1>},
+                                                 {noting<Unit, 2, 0>, noting<Unit, 2, 1>}};
+  std::memcpy(micro, kNoting, sizeof(micro));
+  const int64_t size = element_size(dtype), columns = 2080 / size;
+  constexpr int64_t kRows = 1100, kFew = 300, kRank = 40, kStep = 256;  // few rows are too few to ask for
+  const auto filled = [&](int64_t rows, int64_t cols, int64_t period) {
+    Tensor t(dtype, rows, cols);
+    t.fill([&](int64_t i, int64_t j) { return float((3 * i + j) % period) / 16 - 0.5f; });
     return t;
   };
-  Tensor large = filled(kRows, kColumns), other = filled(kRows, kColumns), narrow = filled(kRows, kRank);
-  Tensor weight = filled(kRank, kColumns);
-  const auto expect = [&](const char* what, int64_t first, std::initializer_list<const Matrix*> matrices) {
-    std::multiset<const char*> expected;
-    for (const Matrix* m : matrices) {
+  const Tensor x = filled(kRows, columns, 17), t = filled(kRows, kRank, 13), weight = filled(kRank, columns, 11);
+  const auto run = [&](const char* what, const Tensor& out, const Matrix& a, const Matrix& b, Epilogue e,
+                       int64_t first_column, std::initializer_list<const Matrix*> expected) {
+    const Tensor before = filled(kRows, out.matrix().cols, 7);
+    const auto product = [&](int64_t row, int64_t rows) {
+      const auto part = [&](const Matrix& m) { return m ? m.block(row, 0, rows, m.cols) : m; };
+      Epilogue mine = e;
+      mine.residual = part(e.residual);
+      std::memcpy(out.matrix().at(row, 0), before.matrix().at(row, 0), size_t(rows * out.matrix().cols * size));
+      cpu::gemm<float>(host(0), part(out), part(a), b, mine);
+    };
+    e.ours = true;
+    e.in_bfloat16 = dtype == Dtype::kBFloat16;
+    product(0, kRows);
+    const std::vector<unsigned char> together = out.bytes();
+    std::multiset<const char*> lines;
+    for (const Matrix* m : expected) {
       for (int64_t i = 0; i < kRows; ++i) {
         const char* line = static_cast<const char*>(m->at(i, 0));
-        for (int64_t byte = first * 4; byte < kColumns * 4; byte += cpu::Wanted::kLine) expected.insert(line + byte);
+        for (int64_t at = first_column * size; at < m->cols * size; at += cpu::kCacheLine) lines.insert(line + at);
       }
     }
-    CHECK(asked == expected, "%s: %zu lines asked for, not %zu", what, asked.size(), expected.size());
+    CHECK(asked == lines, "%s: %zu lines asked for, not %zu", what, asked.size(), lines.size());
     asked.clear();
+    if (e.mask.threshold != 0) return;  // drawn by the row's number
+    for (int64_t row = 0; row < kRows; row += kFew) product(row, std::min(kFew, kRows - row));
+    CHECK(asked.empty(), "%s: %zu lines of few rows asked for", what, asked.size());
+    CHECK(out.bytes() == together, "%s: other numbers", what);
   };
-  const cpu::Host& one = host(0);
-  const Matrix out = large.matrix(), residual = other.matrix();
-  cpu::gemm<float>(one, out, narrow.matrix(), weight.matrix());
-  expect("out", 0, {&out});
+  const Tensor out = filled(kRows, columns, 7), narrow = filled(kRows, kRank, 7);
+  const Matrix* const written = &out.matrix();
+  if (tiles) {
+    run("out", out, t, weight, {}, 0, {});
+  } else {
+    run("out", out, t, weight, {}, 0, {written});
+  }
   Epilogue e;
-  e.residual = residual;
-  cpu::gemm<float>(one, out, narrow.matrix(), weight.matrix(), e);
-  expect("out and a residual", 0, {&out, &residual});
+  e.accumulate = true;
+  run("out, added to", out, t, weight, e, 0, {written});
+  e = {};
+  e.residual = x;
+  run("out and a residual", out, t, weight, e, 0, {written, &x.matrix()});
   e = {};
   e.mask.threshold = 6554;
-  cpu::gemm<float>(one, out, narrow.matrix(), weight.matrix(), e);
-  expect("a masked out", 0, {});
-  cpu::gemm<float>(one, narrow.matrix(), residual, weight.matrix().transposed());
-  expect("what is read", kStep, {&residual});
-  cpu::gemm<float>(one, out.block(0, 0, 100, kColumns), narrow.matrix().block(0, 0, 100, kRank), weight.matrix());
-  expect("a small out", 0, {});
-  std::memcpy(set.micro, micro_of_set, sizeof(set.micro));
+  run("a masked out", out, t, weight, e, 0, {});
+  if (tiles) {
+    run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, {});
+  } else {
+    run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, {&x.matrix()});
+  }
+  std::memcpy(micro, micro_of_set<Unit>, sizeof(micro));
+}
+
+void all_asks() {
+  auto& set = const_cast<cpu::Isa<float>&>(cpu::isa<float>());
+  asks(set.micro, Dtype::kFloat32, false);
+  if (set.half.micro[0][0] != nullptr) asks(set.half.micro, Dtype::kBFloat16, set.processor.tiles);
 }
 
 void chosen_set() {
@@ -608,7 +641,7 @@ int main() {
   using namespace routed_peft::test;
   use_tiles();
   chosen_set();
-  asks();
+  all_asks();
   shared_pieces();
   half_round_trips<float>();
   half_round_trips<double>();

@@ -16,8 +16,9 @@ inline thread_local bool tiles_open = false;
 
 template <int kTiles, int kVectors>
 void tiles_by_hand(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_col, const uint32_t* panel,
-                   int64_t panel_row, bool add, float* c, int64_t ldc, cpu::Wanted&) {
+                   int64_t panel_row, bool add, float* c, int64_t ldc, cpu::Wanted& wanted) {
   CHECK(tiles_open && a_col == 1 && depth > 0 && depth % 16 == 0, "depth %d", int(depth));
+  for (int64_t k = 0; k < depth; k += cpu::Wanted::kSteps) wanted.ask();
   const auto number = [](uint32_t unit, bool second) {
     return std::bit_cast<float>(second ? unit & 0xFFFF0000u : unit << 16);
   };
