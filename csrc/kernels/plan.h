@@ -83,8 +83,8 @@ struct Processor {
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. Ours by tiles is as fast as the library's while the largest of the three matrices stays near, and the
 // rank low, and takes a `bias` along in a pass over out that the library takes a second one for. Where the library
-// leads, ours in float32 still is faster at a low rank, up with a bias at a higher one too, but for the gradient of a
-// weight with few rows, and down for few. float16 stays here: the library has no product of it worth the name on a CPU.
+// leads, ours in float32 still is faster for many rows at a low rank, up with a bias at a higher one too. float16 stays
+// here: the library has no product of it worth the name on a CPU.
 constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t n, int64_t k, bool bias = false) {
   const double products = double(m) * double(n) * double(k);
   const int64_t shortest = std::min({m, n, k});
@@ -94,7 +94,7 @@ constexpr bool library_gemm(Dtype dtype, Processor processor, int64_t m, int64_t
     return !bias && products >= (far ? 6e7 : 4e8) && (far || shortest > 128);
   }
   if (dtype == Dtype::kBFloat16) return processor.native_bfloat16 && products >= 16e6;
-  const bool low_rank = (n <= 64 && m >= 256) || (k <= (bias && k <= n ? 256 : 64) && k > 32);
+  const bool low_rank = m >= 256 && (n <= 64 || (k <= (bias && k <= n ? 128 : 64) && k > 32));
   if (dtype == Dtype::kFloat32 && processor.library_leads && low_rank) return false;
   return dtype != Dtype::kFloat16 && (!processor.wide_vectors || processor.library_leads);
 }

@@ -186,19 +186,21 @@ void library() {
     CHECK(!goes(0, 64, 64) && !goes(64, 64, 0), "empty");
     CHECK(goes(1 << 24, 1 << 24, 1 << 24), "more than 2^63 products");
   }
-  for (const int64_t r :
-       {16, 32, 33, 64, 65, 256, 257}) {  // T, G and dB have r columns; up and dX are r deep; dA has r rows
+  // T, G and dB have r columns; up and dX are r deep; dA has r rows.
+  for (const int64_t r : {16, 32, 33, 64, 65, 128, 129}) {
     const bool goes = plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 768, r);
     CHECK(goes == (r <= 32 || r > 64), "a product %d deep", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 255, 4096, r), "few rows, %d deep", int(r));
+    CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 256, 4096, r) == goes, "more rows, %d deep", int(r));
     const bool with_bias = plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 768, r, true);
-    CHECK(with_bias == (r <= 32 || r > 256), "%d deep with a bias", int(r));
+    CHECK(with_bias == (r <= 32 || r > 128), "%d deep with a bias", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 2048, r, 768) == (r > 64), "%d columns", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 255, r, 4096), "%d columns of few rows", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 256, r, 4096) == (r > 64), "%d columns of more rows", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, r, 768, 2048), "a gradient of %d rows", int(r));
     CHECK(plan::library_gemm(Dtype::kFloat64, kIntel, 2048, r, 768), "%d columns of float64", int(r));
   }
-  CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 200, 64, 256, true), "down for few rows, with a bias");
+  CHECK(plan::library_gemm(Dtype::kFloat32, kIntel, 2048, 96, 128, true), "down with a bias");
   for (const plan::Processor processor : {kTiles, kIntel}) {
     const auto goes = [processor = processor](int64_t m, int64_t n, int64_t k) {
       return plan::library_gemm(Dtype::kBFloat16, processor, m, n, k);
