@@ -5,6 +5,8 @@
 #include "cpu/rank_one.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
@@ -75,6 +77,9 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
   // To convert takes longer than to wait.
   const bool far = out.dtype == accumulated_dtype<Acc>() && out.col_stride == 1 &&
                    out.rows * out.cols * int64_t{sizeof(Acc)} >= kFar;
+  const bool straight =
+      !p.residual && out.col_stride == 1 && (!p.base || (p.base.dtype == out.dtype && p.base.col_stride == 1));
+  const std::vector<std::pair<int64_t, int64_t>> untouched = untouched_columns(p);
   for (int64_t c0 = 0; c0 < conditions; c0 += plan::kConditionBlock) {
     const int64_t c1 = std::min(c0 + plan::kConditionBlock, conditions);
     directions.make(host, v + c0 * p.width, c1 - c0);
@@ -90,6 +95,21 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
         for (int64_t row = s.begin; row < s.end; ++row) {
           if (far && row + 1 < s.end) expect(out, row + 1, 0, 1, o);
           load_row(p.x, row, 0, d, x, p.residual ? Dropout{} : p.drop_x);
+          Acc* cn = c + row * p.groups;
+          if (straight) {  // in one pass
+            for (int64_t g = 0; g < p.groups; ++g) cn[g] = set.dot(x, q + g * d, d);
+            const auto rest = [&](int64_t start) { return p.base ? p.base.at(row, start) : nullptr; };
+            for (int64_t j = 0; j < p.slice_count; ++j) {
+              const Slice& slice = p.slices[j];
+              set.finish(up + slice.row, slice.length, cn[group_of(p, j)], nullptr, 0, 0, bias.get() + slice.start,
+                         rest(slice.start), false, out.dtype, out.at(row, slice.start));
+            }
+            for (const auto& [start, stop] : untouched) {
+              set.finish(bias.get() + start, stop - start, 1, nullptr, 0, 0, nullptr, rest(start), false, out.dtype,
+                         out.at(row, start));
+            }
+            continue;
+          }
           if (p.base) {
             load_row(p.base, row, 0, o, line);
             set.axpy(o, 1, bias.get(), line);
@@ -100,7 +120,6 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
             set.axpy(o, 1, x, line);
             if (p.drop_x.threshold != 0) set.drop(x, row, 0, d, p.drop_x, x);
           }
-          Acc* cn = c + row * p.groups;
           for (int64_t g = 0; g < p.groups; ++g) cn[g] = set.dot(x, q + g * d, d);
           for (int64_t j = 0; j < p.slice_count; ++j) {
             const Slice& slice = p.slices[j];

@@ -60,22 +60,6 @@ void base_gemm(const Host& host, const Problem& p, const Matrix& out, const Matr
 
 Matrix columns_of(const Matrix& m, int64_t start, int64_t length) { return m ? m.block(0, start, m.rows, length) : m; }
 
-// Columns of out that no slice updates, as [start, stop).
-std::vector<std::pair<int64_t, int64_t>> untouched_columns(const Problem& p) {
-  std::vector<std::pair<int64_t, int64_t>> taken, left;
-  for (int64_t i = 0; i < p.slice_count; ++i) {
-    taken.emplace_back(p.slices[i].start, p.slices[i].start + p.slices[i].length);
-  }
-  std::sort(taken.begin(), taken.end());
-  int64_t from = 0;
-  for (const auto& [start, stop] : taken) {
-    if (start > from) left.emplace_back(from, start);
-    from = stop;
-  }
-  if (from < p.out_features) left.emplace_back(from, p.out_features);
-  return left;
-}
-
 // The condition of a call, with the storage behind it.
 template <class Acc>
 struct Condition {

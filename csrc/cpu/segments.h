@@ -1,6 +1,8 @@
 // The rows of a call in pieces that each belong to one sample, ordered by the condition they read.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels/plan.h"
@@ -65,6 +67,22 @@ inline std::pair<int64_t, int64_t> part(const Segments& cuts, int64_t condition,
   const int64_t first = cuts.of_condition[static_cast<size_t>(condition)];
   const int64_t count = cuts.of_condition[static_cast<size_t>(condition) + 1] - first;
   return {first + count * split / splits, first + count * (split + 1) / splits};
+}
+
+// Columns of out that no slice updates, as [start, stop).
+inline std::vector<std::pair<int64_t, int64_t>> untouched_columns(const Problem& p) {
+  std::vector<std::pair<int64_t, int64_t>> taken, left;
+  for (int64_t i = 0; i < p.slice_count; ++i) {
+    taken.emplace_back(p.slices[i].start, p.slices[i].start + p.slices[i].length);
+  }
+  std::sort(taken.begin(), taken.end());
+  int64_t from = 0;
+  for (const auto& [start, stop] : taken) {
+    if (start > from) left.emplace_back(from, start);
+    from = stop;
+  }
+  if (from < p.out_features) left.emplace_back(from, p.out_features);
+  return left;
 }
 
 }  // namespace routed_peft::cpu
