@@ -74,9 +74,10 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
     std::fill_n(bias.get(), o, Acc{0});
   }
   Directions<Acc> directions(p, std::min(conditions, plan::kConditionBlock));
-  // To convert takes longer than to wait.
+  // Rows worth asking for: where numbers are converted, that takes longer than to wait for them.
   const bool far = out.dtype == accumulated_dtype<Acc>() && out.col_stride == 1 &&
                    out.rows * out.cols * int64_t{sizeof(Acc)} >= kFar;
+  // Rows that the set's `finish` writes in one pass.
   const bool straight =
       !p.residual && out.col_stride == 1 && (!p.base || (p.base.dtype == out.dtype && p.base.col_stride == 1));
   const std::vector<std::pair<int64_t, int64_t>> untouched = untouched_columns(p);
@@ -96,7 +97,7 @@ void rank_one_forward(const Host& host, const Problem& p, const Acc* v, const Se
           if (far && row + 1 < s.end) expect(out, row + 1, 0, 1, o);
           load_row(p.x, row, 0, d, x, p.residual ? Dropout{} : p.drop_x);
           Acc* cn = c + row * p.groups;
-          if (straight) {  // in one pass
+          if (straight) {
             for (int64_t g = 0; g < p.groups; ++g) cn[g] = set.dot(x, q + g * d, d);
             const auto rest = [&](int64_t start) { return p.base ? p.base.at(row, start) : nullptr; };
             for (int64_t j = 0; j < p.slice_count; ++j) {

@@ -8,8 +8,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <utility>
-#include <vector>
 
 #include "cpu/condition.h"
 #include "cpu/gemm.h"

@@ -1,4 +1,5 @@
-// The rows of a call in pieces that each belong to one sample, ordered by the condition they read.
+// How a call is cut: its rows in pieces that each belong to one sample, ordered by the condition they read; the columns
+// of out by whether a slice updates them.
 #pragma once
 
 #include <algorithm>

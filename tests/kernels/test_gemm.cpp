@@ -1,7 +1,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <initializer_list>
 #include <set>
 #include <thread>
 #include <vector>
@@ -541,7 +540,7 @@ void asks(cpu::Isa<float>::Micro<Unit> (&micro)[3][2], Dtype dtype, bool tiles) 
   };
   const Tensor x = filled(kRows, columns, 17), t = filled(kRows, kRank, 13), weight = filled(kRank, columns, 11);
   const auto run = [&](const char* what, const Tensor& out, const Matrix& a, const Matrix& b, Epilogue e,
-                       int64_t first_column, std::initializer_list<const Matrix*> expected) {
+                       int64_t first_column, const std::vector<const Matrix*>& expected) {
     const Tensor before = filled(kRows, out.matrix().cols, 7);
     const auto product = [&](int64_t row, int64_t rows) {
       const auto part = [&](const Matrix& m) { return m ? m.block(row, 0, rows, m.cols) : m; };
@@ -569,26 +568,19 @@ void asks(cpu::Isa<float>::Micro<Unit> (&micro)[3][2], Dtype dtype, bool tiles) 
     CHECK(out.bytes() == together, "%s: other numbers", what);
   };
   const Tensor out = filled(kRows, columns, 7), narrow = filled(kRows, kRank, 7);
-  const Matrix* const written = &out.matrix();
-  if (tiles) {
-    run("out", out, t, weight, {}, 0, {});
-  } else {
-    run("out", out, t, weight, {}, 0, {written});
-  }
+  using Matrices = std::vector<const Matrix*>;
+  const Matrices written = {&out.matrix()}, none;
+  run("out", out, t, weight, {}, 0, tiles ? none : written);
   Epilogue e;
   e.accumulate = true;
-  run("out, added to", out, t, weight, e, 0, {written});
+  run("out, added to", out, t, weight, e, 0, written);
   e = {};
   e.residual = x;
-  run("out and a residual", out, t, weight, e, 0, {written, &x.matrix()});
+  run("out and a residual", out, t, weight, e, 0, {&out.matrix(), &x.matrix()});
   e = {};
   e.mask.threshold = 6554;
-  run("a masked out", out, t, weight, e, 0, {});
-  if (tiles) {
-    run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, {});
-  } else {
-    run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, {&x.matrix()});
-  }
+  run("a masked out", out, t, weight, e, 0, none);
+  run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, tiles ? none : Matrices{&x.matrix()});
   std::memcpy(micro, micro_of_set<Unit>, sizeof(micro));
 }
 
