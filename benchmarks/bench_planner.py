@@ -51,6 +51,7 @@ CHOICES = {
     "library_gemm": Choice({0: "ours", 1: "the library's"}),
     "library_base": Choice({0: "ours, with the update", 1: "the library's"}, base=True),
     "by_lines": Choice({0: "panels", 1: "lines"}, steps=False),
+    "split": Choice({0: "whole numbers", 1: "their parts, by tiles"}),
     "reduction_splits": Choice({n: f"{n} parts" for n in (1, 2, 4, 8, 16)}),
 }
 
@@ -77,6 +78,9 @@ def shapes_of(choice: str) -> Iterator[Shape]:
         for n, d in product((1, 4, 8, 16, 32, 128, 1024), (768, 2048, 4096)):
             if n * d < 2**22:
                 yield shape(1, n, d, 16, "mul")
+    elif choice == "split":
+        for n, d, r in product((256, 512, 1024, 2048), (256, 768, 2048), (32, 64, 128)):
+            yield shape(1, n, d, r, "mul")
     elif choice == "by_lines":
         for n, d, r in product((1, 2, 4, 8, 16), (256, 1024, 4096), (16, 64)):
             yield shape(1, n, d, r, "mul")

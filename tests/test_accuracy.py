@@ -104,11 +104,12 @@ def test_no_worse_than_eager_over_many_rows(routing, dtype, native):
 
 
 @pytest.mark.thinned(5)
+@pytest.mark.parametrize("n, dtype", [(96, torch.bfloat16), (256, torch.float32)], ids=str)
 @pytest.mark.parametrize("form", ["linear", "adapter"])
 @pytest.mark.parametrize("routing", ["none", "mul", "gram"])
-def test_no_worse_than_eager_where_the_library_multiplies(routing, form, native):
-    """bfloat16 products large enough to go to torch's library on a processor that has them."""
-    case = Case(routing, form, batch=4, n=96, m=96, d=512, out=512, r=64, dtype=torch.bfloat16)
+def test_no_worse_than_eager_in_large_products(routing, form, n, dtype, native):
+    """Large enough for torch's library, and for tiles of numbers' parts (csrc/kernels/plan.h)."""
+    case = Case(routing, form, batch=4, n=n, m=96, d=512, out=512, r=64, dtype=dtype)
     runs = [errors(case, seed, native) for seed in range(SEEDS)]
     for name in runs[0]:
         ratio = math.exp(sum(math.log(run[name][0] / run[name][1]) for run in runs if run[name][1]) / SEEDS)

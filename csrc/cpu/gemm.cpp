@@ -3,7 +3,8 @@
 // blocks, of a large one a block lays out its part for many rows, and for few rows it is read as it lies; where k is
 // short, a tile of a serves all columns.
 // A second product (Epilogue::plus) adds to the same sums. The micro kernels take numbers of Acc or, where the caller
-// allows it and the processor has such products, pairs of bfloat16. A few rows are products of lines.
+// allows it and the processor has such products, pairs of bfloat16; by tiles also float32 in parts of bfloat16, none of
+// its digits lost. A few rows are products of lines.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -97,13 +98,13 @@ Blocking blocking(int64_t m, int64_t n, int64_t k, int64_t threads, bool lies, b
 template <class Acc, class Format>
 int64_t laid_at(int64_t j0, int64_t cols, int64_t k0, int64_t k) {
   const int64_t lanes = isa<Acc>().lanes;
-  return up(j0, lanes) * units_of<Format>(k) + up(cols, lanes) * (k0 / Format::kEach);
+  return up(j0, lanes) * units_of<Format>(k) + up(cols, lanes) * units_of<Format>(k0);
 }
 
-// Micro kernels' rows for `left` that remain: as many as three steps, and none left over that one kernel cannot take.
-int64_t strip_rows(int64_t left, int64_t step) {
+// Micro kernels' rows for `left` that remain: as many as `most` steps, and none left over that one kernel cannot take.
+int64_t strip_rows(int64_t left, int64_t step, int64_t most) {
   const int64_t steps = left / step;
-  return step * (steps >= 5 || steps == 3 ? 3 : std::min<int64_t>(steps, 2));
+  return step * (steps == 4 ? 2 : std::min(steps, most));
 }
 
 // rows × cols of m from (i, j) on, asked for in `asks` times; nothing where a cache is likely to have them.
@@ -119,11 +120,11 @@ Wanted wanted_of(const Matrix& m, int64_t i, int64_t j, int64_t rows, int64_t co
   return wanted;
 }
 
-// The same of out and of what is added to it. Nothing where they come while a mask is drawn; or, with products as fast
-// as `tiles`, where they are only written: then it takes longer to ask than to wait.
-Wanted wanted_of(const Matrix& out, const Epilogue& e, int64_t i, int64_t j, int64_t rows, int64_t cols, int64_t asks,
-                 bool tiles) {
-  if (e.mask.threshold != 0 || (tiles && !e.accumulate && !e.residual)) return {};
+// The same of out and of what is added to it. Nothing where they come while a mask is drawn, nor where the format says
+// that it takes longer to ask than to wait.
+template <class Format>
+Wanted wanted_of(const Matrix& out, const Epilogue& e, int64_t i, int64_t j, int64_t rows, int64_t cols, int64_t asks) {
+  if (e.mask.threshold != 0 || !Format::asks_for_out(e.accumulate || e.residual)) return {};
   Wanted wanted = wanted_of(out, i, j, rows, cols, asks);
   if (e.residual && e.residual.dtype == out.dtype && e.residual.col_stride == 1) {
     wanted.other = static_cast<const char*>(e.residual.at(i, j));
@@ -152,9 +153,10 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
   const int64_t i0 = block / grid.column_blocks * grid.rows, left = block % grid.column_blocks * grid.columns;
   const int64_t rows = std::min(grid.rows, out.rows - i0), right = std::min(left + grid.columns, out.cols);
   const int64_t near_rows = rows <= kWide ? rows : kBlockRows;  // a tile's; there are several where b is laid out here
+  const int64_t most_steps = Format::unit_step() > 1 ? 2 : 3;   // of rows, in a micro kernel
   const int64_t wide = 2 * set.lanes, row_step = Format::row_step(),
-                tile_size = up(near_rows, row_step) * kDepth / Format::kEach;
-  thread_local Scratch<Acc> sum_scratch, turned_scratch;
+                tile_size = up(near_rows, row_step) * units_of<Format>(kDepth);
+  thread_local Scratch<Acc> sum_scratch, step_scratch, turned_scratch;
   thread_local Scratch<Unit> tile_scratch, panel_scratch;
   Rows<Unit> a{};
   Unit* tile = tile_scratch.get(tile_size);
@@ -199,19 +201,19 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           panels = all_panels + laid_at<Acc, Format>(j0, cols, k0, k);
         } else {
           if (lying > 0) in_place = static_cast<const Unit*>(f->b.matrix.at(k0, j0));
-          Unit* fresh = panel_scratch.get((ld - lying) * kDepth / Format::kEach);
+          Unit* fresh = panel_scratch.get((ld - lying) * units_of<Format>(kDepth));
           if (lying < cols) lay_panels<Acc, Format>(f->b, k0, j0 + lying, depth, cols - lying, fresh);
           panels = fresh;
         }
         // What is written after this step, or read for the next one.
         Wanted wanted{};
-        const bool tiles = Format::unit_step() > 1;
-        const int64_t calls = (ld + wide - 1) / wide * ((padded_rows + 3 * row_step - 1) / (3 * row_step));
+        const int64_t strip = most_steps * row_step;
+        const int64_t calls = (ld + wide - 1) / wide * ((padded_rows + strip - 1) / strip);
         const int64_t asks = calls * ((units + Wanted::kSteps - 1) / Wanted::kSteps);
         if (final && k0 + depth == k) {
-          wanted = turned ? wanted_of(out.transposed(), last, j0, i0, cols, rows, asks, tiles)
-                          : wanted_of(out, last, i0, j0, rows, cols, asks, tiles);
-        } else if (!tiles && k0 + depth < k && j0 == left && plain(f->a) && !lines_are_columns(f->a)) {
+          wanted = turned ? wanted_of<Format>(out.transposed(), last, j0, i0, cols, rows, asks)
+                          : wanted_of<Format>(out, last, i0, j0, rows, cols, asks);
+        } else if (Format::asks_for_rows() && k0 + depth < k && j0 == left && plain(f->a) && !lines_are_columns(f->a)) {
           wanted = wanted_of(f->a.matrix, i0, k0 + depth, rows, std::min(step, k - k0 - depth), asks);
         }
         for (int64_t part = 0; part < rows; part += near_rows) {
@@ -219,19 +221,28 @@ void run_block(const Matrix& out, const Factors& factors, const Epilogue& e, con
           if (j0 == left) {  // a tile serves all parts of the columns; where there are several tiles, there is one part
             a = read_rows<Acc, Format>(f->a, k0, i0 + part, depth, part_rows, padded, cols, tile);
           }
-          for (int64_t j = 0; j < ld; j += wide) {  // a panel stays in the nearest cache while rows go past it
-            const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2);
-            const Unit* panel = j < lying ? in_place + j : panels + (j - lying) * units;
-            const int64_t panel_row = j < lying ? f->b.matrix.row_stride : vectors * set.lanes;
-            if (ahead && j + kPanelsAhead * wide < lying) {
-              expect(f->b.matrix, k0, j0 + j + kPanelsAhead * wide, depth, wide);
-            }
-            for (int64_t i = 0, taken; i < padded; i += taken) {
-              taken = strip_rows(padded - i, row_step);
-              Format::micro(taken / row_step - 1, vectors - 1)(units, a.at + i * a.row, a.row, a.col, panel, panel_row,
-                                                               add, sums + (part + i) * ld + j, ld, wanted);
+          // Tiles make long chains of additions: each step's from zero, so that they round no more than eager's.
+          Acc* const here = sums + part * ld;
+          Acc* const to = Format::kParts > 1 && add ? step_scratch.get(padded * ld) : here;
+          // What of a panel stays in the nearest cache while rows go past it.
+          const int64_t near = Format::kNear > 0 ? Format::kNear : units;
+          for (int64_t u = 0; u < units; u += near) {
+            for (int64_t j = 0; j < ld; j += wide) {
+              const int64_t vectors = std::min<int64_t>((ld - j) / set.lanes, 2), count = std::min(near, units - u);
+              const int64_t panel_row = j < lying ? f->b.matrix.row_stride : vectors * set.lanes;
+              const Unit* panel = (j < lying ? in_place + j : panels + (j - lying) * units) + u * panel_row;
+              if (ahead && j + kPanelsAhead * wide < lying) {
+                expect(f->b.matrix, k0, j0 + j + kPanelsAhead * wide, depth, wide);
+              }
+              for (int64_t i = 0, taken; i < padded; i += taken) {
+                taken = strip_rows(padded - i, row_step, most_steps);
+                Format::micro(taken / row_step - 1, vectors - 1)(count, a.at + i * a.row + u * a.col, a.row, a.col,
+                                                                 panel, panel_row, u > 0 || (add && to == here),
+                                                                 to + i * ld + j, ld, wanted);
+              }
             }
           }
+          if (to != here) set.axpy(padded * ld, 1, to, here);
         }
         if (final && k0 + depth == k) finish_block(sums, j0, cols);
       }
@@ -346,6 +357,17 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
   parallel_pieces(host, (n + kColumns - 1) / kColumns, double(m) * double(n) * double(k), run);
 }
 
+bool unmasked(const Factors& f, const Epilogue& e) { return plain(f.a) && plain(f.b) && e.mask.threshold == 0; }
+
+// Whether the product goes by tiles of its numbers' parts.
+template <class Acc>
+bool splits(const Matrix& out, const Factors& f, const Epilogue& e) {
+  const plan::Processor& processor = isa<float>().processor;
+  if (!std::is_same_v<Acc, float> || !processor.tiles || e.in_bfloat16 || e.plus) return false;
+  const bool planned = plan::split(processor, out.rows, out.cols, f.b.matrix.rows, !unmasked(f, e));
+  return plan::chosen(plan::forced.split, planned);
+}
+
 template <class Acc>
 void product(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
   const Factors& largest = e.plus ? *e.plus : factors;
@@ -353,6 +375,12 @@ void product(const Host* host, const Matrix& out, const Factors& factors, const 
   const bool planned = plan::by_lines(tiles, out.rows, out.cols, largest.b.matrix.rows);
   const bool by_lines = out.rows <= plan::kFewRows && plan::chosen(plan::forced.by_lines, planned) &&
                         readable_lines<Acc>(factors.b) && readable_lines<Acc>(largest.b);
+  // A weight's gradient, both of whose factors lie across k: by tiles the large one as rows, laid out without being
+  // turned.
+  const bool large_across = !e.plus && e.mask.threshold == 0 && out.cols <= kWide && out.rows > out.cols &&
+                            factors.a.matrix.cols > kShort && lines_are_columns(factors.a) &&
+                            !lines_are_columns(factors.b);
+  const Factors turned{factors.b.turned(), factors.a.turned()};
   if constexpr (std::is_same_v<Acc, float>) {
     if (e.in_bfloat16 && isa<float>().half.micro[0][0] != nullptr) {
       Epilogue scaled = e;  // dropout's factors here, where they are not rounded
@@ -362,19 +390,18 @@ void product(const Host* host, const Matrix& out, const Factors& factors, const 
       // Fewer rows than b has lines along k: these are multiplied as they lie.
       if (!by_lines && tiles && out.rows <= kWide && out.rows < out.cols && e.mask.threshold == 0 &&
           largest.b.matrix.rows > kShort && lines_are_columns(largest.b)) {
-        const Factors first{factors.b.turned(), factors.a.turned()}, second{largest.b.turned(), largest.a.turned()};
+        const Factors second{largest.b.turned(), largest.a.turned()};
         if (e.plus) scaled.plus = &second;
-        return blocked<Acc, Pairs>(host, out.transposed(), first, scaled, true);
+        return blocked<Acc, Pairs>(host, out.transposed(), turned, scaled, true);
       }
-      // A weight's gradient, both of whose factors lie across k: the large one as rows, laid out without being turned.
-      if (!by_lines && tiles && !e.plus && e.mask.threshold == 0 && out.cols <= kWide && out.rows > out.cols &&
-          factors.a.matrix.cols > kShort && lines_are_columns(factors.a) && !lines_are_columns(factors.b)) {
-        return blocked<Acc, Pairs>(host, out.transposed(), {factors.b.turned(), factors.a.turned()}, scaled, true);
-      }
+      if (!by_lines && tiles && large_across) return blocked<Acc, Pairs>(host, out.transposed(), turned, scaled, true);
       if (!by_lines) return blocked<Acc, Pairs>(host, out, factors, scaled);
       if (factors.b.matrix.dtype == Dtype::kBFloat16 && largest.b.matrix.dtype == Dtype::kBFloat16) {
         return few_rows<Acc, uint16_t>(host, out, factors, scaled);
       }
+    } else if (!by_lines && splits<Acc>(out, factors, e)) {
+      if (large_across) return blocked<Acc, Split>(host, out.transposed(), turned, e, true);
+      return blocked<Acc, Split>(host, out, factors, e);
     }
   }
   by_lines ? few_rows<Acc, Acc>(host, out, factors, e) : blocked<Acc, Plain<Acc>>(host, out, factors, e);
@@ -435,17 +462,17 @@ bool library_with_bias(const Host& host, const Matrix& out, const Matrix& a, con
 // rounding.
 template <class Acc>
 bool library_product(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
-  const bool unmasked = plain(a) && plain(b) && e.mask.threshold == 0;
   const bool bias = e.bias || e.residual;
   const bool half = e.in_bfloat16;
   const Dtype dtype = half ? Dtype::kBFloat16 : out.dtype;
   const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
   // Ours has sums in float32 where the library would round them.
   if (half && out.dtype != Dtype::kBFloat16 && isa<float>().half.micro[0][0] != nullptr) return false;
-  if (e.ours || e.plus || !unmasked || (bias && e.accumulate) ||
+  const bool planned = !splits<Acc>(out, {a, b}, e) &&
+                       plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols, bool(e.bias));
+  if (e.ours || e.plus || !unmasked({a, b}, e) || (bias && e.accumulate) ||
       (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
-      !plan::chosen(plan::forced.library_gemm,
-                    plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols, bool(e.bias)))) {
+      !plan::chosen(plan::forced.library_gemm, planned)) {
     return false;
   }
   // Where less is copied than a pass over out reads and writes.

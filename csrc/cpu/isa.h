@@ -9,6 +9,7 @@
 namespace routed_peft::cpu {
 
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kParts = 3, kSplitStep = 32;  // of Isa::Half's float32 numbers
 
 // Rows of bytes that are wanted soon. The micro kernels ask for a few lines of them every kSteps units, so that they
 // come while something is computed; many at once would be waited for.
@@ -90,6 +91,16 @@ struct Isa {
     void (*dots)(int64_t rows, const uint16_t* a, int64_t lda, const void* const* b, int64_t k, Acc* c, int64_t ldc);
     // to = a run of bfloat16, which may be `to`, dropped and not scaled.
     void (*mask)(const uint16_t* run, int64_t row, int64_t column, int64_t n, const Dropout& dropout, uint16_t* to);
+
+    // With tiles, products of float32 numbers, each as the sum of kParts of bfloat16: the nearest to it, the nearest to
+    // what that leaves, and the rest. A step of kSplitStep numbers is half as many units of first parts, then of second
+    // ones, then of third ones; a unit has the numbers i and i + kSplitStep / 2 of its step.
+    Micro<uint32_t> split_micro[3][2];
+    // Lines of n numbers along k: [lines][steps of n][parts][units], a line `to_stride` units after the last.
+    void (*split_lines)(const float* from, int64_t stride, int64_t lines, int64_t n, uint32_t* to, int64_t to_stride);
+    // `depth` lines of n numbers: [steps of depth][parts][units][width], `panel` units after one another.
+    void (*lay_split)(const float* from, int64_t stride, int64_t depth, int64_t n, int64_t width, int64_t panel,
+                      uint32_t* to);
   } half;
 };
 

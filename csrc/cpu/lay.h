@@ -16,25 +16,32 @@ constexpr int64_t kAheadBytes = 2048;  // how far lines are asked for before the
 
 inline int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// What the micro kernels take: `Unit`s of kEach numbers that lie behind one another in k.
+// What the micro kernels take: `Unit`s of kEach numbers of k, or of one of the kParts that a number is the sum of.
+// kNear: units of a panel that stay in the nearest cache; 0: all of a step.
 template <class Acc>
 struct Plain {
   using Unit = Acc;
   using Number = Acc;
-  static constexpr int64_t kEach = 1;
+  static constexpr int64_t kEach = 1, kParts = 1, kNear = 0;
   static constexpr Dtype kNumber = accumulated_dtype<Acc>();
   static int64_t row_step() { return isa<Acc>().row_step; }
   static int64_t unit_step() { return 1; }
   static auto micro(int64_t i, int64_t v) { return isa<Acc>().micro[i][v]; }
   static void open() {}
   static void close() {}
-  static auto lay() { return isa<Acc>().lay_lines; }
+  // Whether a product asks ahead for out, which is added to or only written, and for the next step's rows.
+  static bool asks_for_out(bool) { return true; }
+  static bool asks_for_rows() { return true; }
+  static void lay(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width, int64_t panel,
+                  Unit* to) {
+    isa<Acc>().lay_lines(from, dtype, stride, depth, n, width, panel, to);
+  }
   static bool lays(Dtype) { return true; }
 };
 struct Pairs {
   using Unit = uint32_t;
   using Number = uint16_t;
-  static constexpr int64_t kEach = 2;
+  static constexpr int64_t kEach = 2, kParts = 1, kNear = 0;
   static constexpr Dtype kNumber = Dtype::kBFloat16;
   static int64_t row_step() { return isa<float>().half.row_step; }
   static int64_t unit_step() { return isa<float>().half.unit_step; }
@@ -45,14 +52,38 @@ struct Pairs {
   static void close() {
     if (unit_step() > 1) isa<float>().half.close();
   }
-  static auto lay() { return isa<float>().half.lay_lines; }
+  static void lay(const void* from, Dtype dtype, int64_t stride, int64_t depth, int64_t n, int64_t width, int64_t panel,
+                  Unit* to) {
+    isa<float>().half.lay_lines(from, dtype, stride, depth, n, width, panel, to);
+  }
   static bool lays(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat32; }
+  static bool asks_for_out(bool added_to) { return unit_step() == 1 || added_to; }
+  static bool asks_for_rows() { return unit_step() == 1; }
+};
+// float32 by tiles, as Isa::Half's split_lines and lay_split make it.
+struct Split {
+  using Unit = uint32_t;
+  using Number = float;
+  static constexpr int64_t kEach = 2, kParts = cpu::kParts, kNear = 2 * kSplitStep / kEach * kParts;
+  static constexpr Dtype kNumber = Dtype::kFloat32;
+  static int64_t row_step() { return Pairs::row_step(); }
+  static int64_t unit_step() { return kSplitStep / kEach; }
+  static auto micro(int64_t i, int64_t v) { return isa<float>().half.split_micro[i][v]; }
+  static void open() { isa<float>().half.open(); }
+  static void close() { isa<float>().half.close(); }
+  static void lay(const void* from, Dtype, int64_t stride, int64_t depth, int64_t n, int64_t width, int64_t panel,
+                  Unit* to) {
+    isa<float>().half.lay_split(static_cast<const float*>(from), stride, depth, n, width, panel, to);
+  }
+  static bool lays(Dtype dtype) { return dtype == Dtype::kFloat32; }
+  static bool asks_for_out(bool added_to) { return !added_to; }
+  static bool asks_for_rows() { return true; }
 };
 
-// Units that `depth` numbers of k are laid out as: what is beyond them is zero.
+// Units that `depth` numbers of k are laid out as, in all parts: what is beyond them is zero.
 template <class Format>
 int64_t units_of(int64_t depth) {
-  return up(depth, Format::kEach * Format::unit_step()) / Format::kEach;
+  return up(depth, Format::kEach * Format::unit_step()) / Format::kEach * Format::kParts;
 }
 
 inline bool plain(const Operand& o) { return o.dropout.threshold == 0 && o.valid == nullptr; }
@@ -120,20 +151,40 @@ void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int6
                  int64_t panel, typename Format::Unit* to) {
   const Matrix m = columns ? o.matrix.transposed() : o.matrix;
   if (plain(o) && m.col_stride == 1 && Format::lays(m.dtype)) {
-    Format::lay()(m.at(k0, first), m.dtype, m.row_stride, depth, n, width, panel, to);
+    Format::lay(m.at(k0, first), m.dtype, m.row_stride, depth, n, width, panel, to);
   } else {
-    constexpr int64_t kLines = 32;  // at a time, which are still near when they are laid out
+    constexpr int64_t kLines = kSplitStep;  // at a time, which are still near when they are laid out
     thread_local Scratch<typename Format::Number> scratch;
     typename Format::Number* lines = scratch.get(kLines * n);
     for (int64_t k = 0; k < depth; k += kLines) {
       const int64_t count = std::min(kLines, depth - k);
       read_lines<Acc>(o, columns, k0 + k, count, first, n, lines, n);
-      Format::lay()(lines, Format::kNumber, n, count, n, width, panel, to + k / Format::kEach * width);
+      Format::lay(lines, Format::kNumber, n, count, n, width, panel, to + units_of<Format>(k) * width);
     }
   }
+  if constexpr (Format::kParts > 1) return;  // which lays out whole steps
   const int64_t filled = up(depth, Format::kEach) / Format::kEach, units = units_of<Format>(depth);
   for (int64_t j = 0; filled < units && j < n; j += width, to += panel) {
     std::fill_n(to + filled * width, (units - filled) * width, typename Format::Unit{0});
+  }
+}
+
+// read_along for numbers in parts.
+template <class Acc>
+void split_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, uint32_t* to) {
+  const Matrix m = columns ? o.matrix.transposed() : o.matrix;
+  const int64_t units = units_of<Split>(depth);
+  const auto split = isa<float>().half.split_lines;
+  if (plain(o) && m.col_stride == 1 && m.dtype == Dtype::kFloat32) {
+    return split(static_cast<const float*>(m.at(first, k0)), m.row_stride, n, depth, to, units);
+  }
+  constexpr int64_t kLines = 8;  // at a time, which are still near when they are split
+  thread_local Scratch<float> scratch;
+  float* lines = scratch.get(kLines * depth);
+  for (int64_t i = 0; i < n; i += kLines) {
+    const int64_t count = std::min(kLines, n - i);
+    read_lines<float>(o, columns, first + i, count, k0, depth, lines, depth);
+    split(lines, depth, count, depth, to + i * units, units);
   }
 }
 
@@ -141,14 +192,19 @@ void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int6
 template <class Acc, class Format>
 void read_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, int64_t padded,
                 typename Format::Unit* to) {
-  using Number = typename Format::Number;
-  const int64_t numbers = units_of<Format>(depth) * Format::kEach;
-  Number* lines = reinterpret_cast<Number*>(to);
-  read_lines<Acc>(o, columns, first, n, k0, depth, lines, numbers);
-  for (int64_t i = 0; depth < numbers && i < n; ++i) {
-    std::fill_n(lines + i * numbers + depth, numbers - depth, Number{0});
+  const int64_t units = units_of<Format>(depth);
+  if constexpr (Format::kParts > 1) {
+    split_along<Acc>(o, columns, k0, first, depth, n, to);
+  } else {
+    using Number = typename Format::Number;
+    const int64_t numbers = units * Format::kEach;
+    Number* lines = reinterpret_cast<Number*>(to);
+    read_lines<Acc>(o, columns, first, n, k0, depth, lines, numbers);
+    for (int64_t i = 0; depth < numbers && i < n; ++i) {
+      std::fill_n(lines + i * numbers + depth, numbers - depth, Number{0});
+    }
   }
-  std::fill_n(lines + n * numbers, (padded - n) * numbers, Number{0});
+  std::fill_n(to + n * units, (padded - n) * units, typename Format::Unit{0});
 }
 
 // The lines of k of an operand as they lie, `ld` units after one another; nullptr where they are no such units.
@@ -156,7 +212,7 @@ template <class Format>
 const typename Format::Unit* lines_in_place(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth,
                                             int64_t* ld) {
   const Matrix m = columns ? o.matrix.transposed() : o.matrix;
-  if (!plain(o) || m.dtype != Format::kNumber || m.col_stride != 1) return nullptr;
+  if (Format::kParts > 1 || !plain(o) || m.dtype != Format::kNumber || m.col_stride != 1) return nullptr;
   if (depth % (Format::kEach * Format::unit_step()) != 0 || m.row_stride % Format::kEach != 0) return nullptr;
   const auto* at = static_cast<const typename Format::Unit*>(m.at(first, k0));
   *ld = m.row_stride / Format::kEach;

@@ -11,7 +11,8 @@ namespace routed_peft::plan {
 // What a choice comes out as instead of the one below: for benchmarks that time the alternatives and for tests. Set
 // while no call runs, and the same for a forward and its backward; -1 is as planned.
 struct Forced {
-  int rank_one = -1, gram_order = -1, library_gemm = -1, library_base = -1, by_lines = -1, reduction_splits = -1;
+  int rank_one = -1, gram_order = -1, library_gemm = -1, library_base = -1, by_lines = -1, split = -1,
+      reduction_splits = -1;
 };
 inline Forced forced;
 
@@ -79,6 +80,16 @@ struct Processor {
   bool tiles = false;            // products of bfloat16 tiles (AMX)
   bool library_leads = false;    // Intel: in float32 and float64 the library is faster on most rank-wide shapes too
 };
+
+// Whether a product [m, k] × [k, n] with sums in float32 goes by tiles, its numbers in three parts of bfloat16 each:
+// six products for one, of which each takes a sixteenth of its time. Each number that is split needs multiplications
+// enough to make up for that, where rows are few or short more than the library would have taken. `masked`: it can take
+// none.
+constexpr bool split(Processor processor, int64_t m, int64_t n, int64_t k, bool masked = false) {
+  if (!processor.tiles || std::min(m, n) < 64) return false;
+  if (masked) return k >= 32 && double(m) * double(n) * double(k) >= 16e6;
+  return (m >= 1024 && k >= 64) || (m >= 128 && k >= 512 && std::max(m, n) >= 512);
+}
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up
 // for the call. Ours by tiles is as fast as the library's while the largest of the three matrices stays near, and the

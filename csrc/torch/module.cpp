@@ -17,10 +17,13 @@ PYBIND11_MODULE(_C, m) {
       "force",
       [](const std::string& choice, int value) {
         using plan::Forced;
-        const std::map<std::string, int Forced::*> choices = {
-            {"rank_one", &Forced::rank_one},         {"gram_order", &Forced::gram_order},
-            {"library_gemm", &Forced::library_gemm}, {"library_base", &Forced::library_base},
-            {"by_lines", &Forced::by_lines},         {"reduction_splits", &Forced::reduction_splits}};
+        const std::map<std::string, int Forced::*> choices = {{"rank_one", &Forced::rank_one},
+                                                              {"gram_order", &Forced::gram_order},
+                                                              {"library_gemm", &Forced::library_gemm},
+                                                              {"library_base", &Forced::library_base},
+                                                              {"by_lines", &Forced::by_lines},
+                                                              {"split", &Forced::split},
+                                                              {"reduction_splits", &Forced::reduction_splits}};
         const auto found = choices.find(choice);
         if (found == choices.end()) throw py::value_error("there is no choice '" + choice + "' in csrc/kernels/plan.h");
         const bool count = choice == "reduction_splits";

@@ -189,9 +189,10 @@ void product(Random& random, int64_t m, int64_t n, int64_t k, int64_t base = 0) 
     const Tensor turned = run([&](const Matrix& to) {
       cpu::gemm<Acc>(host(0), to.transposed(), b.operand().turned(), a.operand().turned(), e);
     });
-    const bool few = std::min(m, n) <= plan::kRowsInPlace;  // summed in other steps, as the lines lie
+    // Summed in other steps, as the lines lie, or the parts of numbers in another order.
+    const bool other = std::min(m, n) <= plan::kRowsInPlace || (sizeof(Acc) == 4 && cpu::isa<float>().processor.tiles);
     const bool same =
-        few ? wrong(turned, false) < 0 || (e.in_bfloat16 && wrong(turned, true) < 0) : turned.bytes() == out.bytes();
+        other ? wrong(turned, false) < 0 || (e.in_bfloat16 && wrong(turned, true) < 0) : turned.bytes() == out.bytes();
     CHECK(same, "turned over, %d %d %d", int(m), int(n), int(k));
   }
 }
@@ -226,6 +227,56 @@ void products() {
     product<float>(random, rows, 420, 150);
     product<double>(random, rows, 416, 97);
   }
+}
+
+// Numbers in parts, by tiles: float32's digits are all there, of every kind of product.
+void in_parts() {
+  if (!cpu::isa<float>().processor.tiles) return;
+  plan::forced.split = 1;
+  products();
+  Random random(11);
+  const auto filled = [&](int64_t rows, int64_t cols, double size) {
+    Tensor t(Dtype::kFloat32, rows, cols);
+    t.fill([&](int64_t, int64_t) { return size * random.uniform(); });
+    return t;
+  };
+  for (const auto& [m, n, k] : {std::tuple{96, 64, 1024}, {64, 300, 64}, {40, 24, 5000}}) {
+    for (const double size : {1.0, 1e20, 1e-30}) {
+      const Tensor a = filled(m, k, size), b = filled(k, n, 1), out(Dtype::kFloat32, m, n);
+      cpu::gemm<float>(host(0), out, a.matrix(), b.matrix());
+      double error = 0, norm = 0;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          double sum = 0;
+          for (int64_t l = 0; l < k; ++l) sum += get(a, i, l) * get(b, l, j);
+          error += std::pow(get(out, i, j) - sum, 2), norm += sum * sum;
+        }
+      }
+      const double relative = std::sqrt(error / norm) / epsilon(Dtype::kFloat32);
+      std::printf("%d %d %d of %g in parts: %.2f epsilon off\n", m, n, k, size, relative);
+      CHECK(relative < 2.5, "%d %d %d of %g is %g epsilon off", m, n, k, size, relative);
+    }
+  }
+  // What has no parts makes NaNs of its own row, and of nothing else; what is too small for them is lost as a zero is.
+  constexpr int64_t kRows = 70, kColumns = 40, kDepth = 300;
+  Tensor a = filled(kRows, kDepth, 1);
+  const Tensor b = filled(kDepth, kColumns, 1), before(Dtype::kFloat32, kRows, kColumns);
+  cpu::gemm<float>(host(0), before, a.matrix(), b.matrix());
+  set(a, 5, 17, INFINITY), set(a, 33, 299, -INFINITY), set(a, 47, 0, kNan), set(a, 48, 0, 3.4e38);
+  for (int64_t l = 0; l < kDepth; ++l) set(a, 69, l, l % 2 ? 1e-40 : 1e-37);
+  const Tensor after(Dtype::kFloat32, kRows, kColumns);
+  cpu::gemm<float>(host(0), after, a.matrix(), b.matrix());
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t j = 0; j < kColumns; ++j) {
+      const bool odd = i == 5 || i == 33 || i == 47 || i == 48;
+      const double got = get(after, i, j);
+      CHECK(odd       ? std::isnan(got)
+            : i == 69 ? std::abs(got) < 1e-34
+                      : got == get(before, i, j),
+            "(%d, %d) is %g", int(i), int(j), got);
+    }
+  }
+  plan::forced.split = -1;
 }
 
 // Few rows times a b whose rows run along n, which is read as it lies: alone, and with a second product.
@@ -324,10 +375,12 @@ void library(int forced) {
       const Dtype product = half ? Dtype::kBFloat16 : dtype;
       CHECK(plan::library_gemm(product, {false, true}, m, n, k) || product == Dtype::kFloat16,
             "too small for a library");
-      const bool expected =
-          plan::chosen(forced, plan::library_gemm(product, cpu::isa<float>().processor, m, n, k, bool(e.bias))) &&
-          !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
-          !(e.accumulate && (e.bias || e.residual));
+      const plan::Processor& processor = cpu::isa<float>().processor;
+      const bool planned = plan::library_gemm(product, processor, m, n, k, bool(e.bias)) &&
+                           (wide || half || !plan::split(processor, m, n, k));
+      const bool expected = plan::chosen(forced, planned) &&
+                            !(half && (e.residual || (dtype != product && cpu::isa<float>().half.micro[0][0]))) &&
+                            !(e.accumulate && (e.bias || e.residual));
       CHECK(with.calls == (expected ? 1 : 0), "types %d, options %d: %d calls", types, options, int(with.calls));
       CHECK(theirs.gaps_intact(), "options %d", options);
       const double tolerance = (expected && half ? 8 * epsilon(Dtype::kBFloat16) : 0) + 64 * epsilon(dtype);
@@ -394,113 +447,6 @@ void rows_and_columns() {
   }
 }
 
-// --- conversions
-
-bool same(double a, double b) {
-  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
-}
-
-template <class Acc>
-void half_round_trips() {
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    std::vector<uint16_t> all(65536), back(65536);
-    std::vector<Acc> values(65536);
-    for (size_t i = 0; i < 65536; ++i) all[i] = static_cast<uint16_t>(i);
-    cpu::isa<Acc>().load(all.data(), dtype, 65536, values.data());
-    cpu::isa<Acc>().store(values.data(), 65536, dtype, back.data());
-    for (size_t i = 0; i < 65536; ++i) {
-      CHECK(same(double(values[i]), half_value(dtype, all[i])), "%04zx is read as %g", i, double(values[i]));
-      CHECK(std::isnan(values[i]) ? std::isnan(half_value(dtype, back[i])) : back[i] == all[i],
-            "%04zx comes back as %04x", i, back[i]);
-    }
-    // tails of every length, from every alignment
-    for (int64_t n = 0; n < 70; ++n) {
-      const std::vector<uint16_t> some(all.begin() + 15000, all.begin() + 15000 + n);
-      std::vector<Acc> read(static_cast<size_t>(n));
-      std::vector<uint16_t> written(static_cast<size_t>(n));
-      cpu::isa<Acc>().load(some.data(), dtype, n, read.data());
-      cpu::isa<Acc>().store(read.data(), n, dtype, written.data());
-      CHECK(written == some, "a run of %d", int(n));
-    }
-  }
-}
-
-template <class Acc>
-void check_rounding(Dtype dtype, const std::vector<Acc>& values) {
-  std::vector<uint16_t> stored(values.size());
-  cpu::isa<Acc>().store(values.data(), static_cast<int64_t>(values.size()), dtype, stored.data());
-  for (size_t i = 0; i < values.size(); ++i) {
-    const uint16_t expected = half_bits(dtype, static_cast<double>(static_cast<float>(values[i])));
-    const bool right = std::isnan(values[i]) ? std::isnan(half_value(dtype, stored[i])) : stored[i] == expected;
-    CHECK(right, "%a is stored as %04x, not %04x", double(values[i]), stored[i], expected);
-  }
-}
-
-void rounding() {
-  Random random(6);
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    std::vector<float> values;
-    // each number, the middle between it and the next, and the neighbours of both
-    for (uint32_t bits = 0; bits < 65535; ++bits) {
-      const double here = half_value(dtype, static_cast<uint16_t>(bits)),
-                   next = half_value(dtype, static_cast<uint16_t>(bits + 1));
-      for (const double center : {here, (here + next) / 2}) {
-        const float value = static_cast<float>(center);
-        values.insert(values.end(), {value, std::nextafter(value, -INFINITY), std::nextafter(value, INFINITY)});
-      }
-    }
-    for (const float value :
-         {65504.0f, 65519.996f, 65520.0f, 65536.0f, 1e30f, 3.38e38f, 3.3961e38f, 3.4028235e38f, INFINITY, NAN, 0.0f,
-          1e-45f, 1.1754942e-38f, 5.9604645e-8f, 2.9802322e-8f, 2.9802326e-8f, 6.1035156e-5f}) {
-      values.insert(values.end(), {value, -value});
-    }
-    for (int i = 0; i < 100000; ++i) {  // any float, NaNs and subnormals among them
-      const uint32_t bits = static_cast<uint32_t>(random.bits());
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      values.push_back(value);
-    }
-    check_rounding(dtype, values);
-    check_rounding(dtype, std::vector<double>(values.begin(), values.end()));
-  }
-}
-
-template <class Acc>
-void wide_conversions() {
-  const std::vector<double> doubles = {0.1, -3.5, 1e-40, 1e300, -1e-300, INFINITY, 16777217.0};
-  const int64_t n = static_cast<int64_t>(doubles.size());
-  std::vector<Acc> loaded(doubles.size());
-  cpu::isa<Acc>().load(doubles.data(), Dtype::kFloat64, n, loaded.data());
-  for (size_t i = 0; i < doubles.size(); ++i) CHECK(loaded[i] == static_cast<Acc>(doubles[i]), "%g", doubles[i]);
-  std::vector<float> floats(doubles.size());
-  cpu::isa<Acc>().store(loaded.data(), n, Dtype::kFloat32, floats.data());
-  for (size_t i = 0; i < doubles.size(); ++i) CHECK(floats[i] == static_cast<float>(loaded[i]), "%g", doubles[i]);
-  cpu::isa<Acc>().load(floats.data(), Dtype::kFloat32, n, loaded.data());
-  std::vector<double> back(doubles.size());
-  cpu::isa<Acc>().store(loaded.data(), n, Dtype::kFloat64, back.data());
-  for (size_t i = 0; i < doubles.size(); ++i) CHECK(back[i] == static_cast<double>(floats[i]), "%g", doubles[i]);
-}
-
-template <class Acc>
-void dot_and_axpy() {
-  Random random(7);
-  for (int64_t n = 0; n < 300; ++n) {
-    std::vector<Acc> a(static_cast<size_t>(n)), b(a), sum;
-    for (Acc& value : a) value = static_cast<Acc>(random.uniform());
-    for (Acc& value : b) value = static_cast<Acc>(random.uniform());
-    const double unit = epsilon(sizeof(Acc) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
-    double expected = 0;
-    for (size_t i = 0; i < a.size(); ++i) expected += double(a[i]) * double(b[i]);
-    CHECK(std::abs(double(cpu::isa<Acc>().dot(a.data(), b.data(), n)) - expected) <= double(n) * 4 * unit, "dot of %d",
-          int(n));
-    sum = b;
-    cpu::isa<Acc>().axpy(n, Acc(0.75), a.data(), sum.data());
-    for (size_t i = 0; i < a.size(); ++i) {
-      CHECK(std::abs(double(sum[i]) - (double(b[i]) + 0.75 * double(a[i]))) <= 4 * unit, "axpy of %d", int(n));
-    }
-  }
-}
-
 template <class Unit>
 cpu::Isa<float>::Micro<Unit> micro_of_set[3][2];
 std::multiset<const char*> asked;
@@ -522,9 +468,10 @@ void noting(int64_t depth, const Unit* a, int64_t a_row, int64_t a_col, const Un
 }
 
 // The micro kernels ask for what is written next, what is added to it, and what is read next: all of it, nothing else,
-// and once; not where it is small, nor where a mask is drawn. And they compute the same as without.
+// and once; not where it is small, nor where a mask is drawn. And they compute the same as without. `alone`,
+// `added_to`, `read`: what they ask for at all.
 template <class Unit>
-void asks(cpu::Isa<float>::Micro<Unit> (&micro)[3][2], Dtype dtype, bool tiles) {
+void asks(cpu::Isa<float>::Micro<Unit> (&micro)[3][2], Dtype dtype, bool alone, bool added_to, bool read) {
   using cpu::Isa;
   std::memcpy(micro_of_set<Unit>, micro, sizeof(micro));
   const Isa<float>::Micro<Unit> kNoting[3][2] = {{noting<Unit, 0, 0>, noting<Unit, 0, 1>},
@@ -570,30 +517,29 @@ void asks(cpu::Isa<float>::Micro<Unit> (&micro)[3][2], Dtype dtype, bool tiles) 
   const Tensor out = filled(kRows, columns, 7), narrow = filled(kRows, kRank, 7);
   using Matrices = std::vector<const Matrix*>;
   const Matrices written = {&out.matrix()}, none;
-  run("out", out, t, weight, {}, 0, tiles ? none : written);
+  run("out", out, t, weight, {}, 0, alone ? written : none);
   Epilogue e;
   e.accumulate = true;
-  run("out, added to", out, t, weight, e, 0, written);
+  run("out, added to", out, t, weight, e, 0, added_to ? written : none);
   e = {};
   e.residual = x;
-  run("out and a residual", out, t, weight, e, 0, {&out.matrix(), &x.matrix()});
+  run("out and a residual", out, t, weight, e, 0, added_to ? Matrices{&out.matrix(), &x.matrix()} : none);
   e = {};
   e.mask.threshold = 6554;
   run("a masked out", out, t, weight, e, 0, none);
-  run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, tiles ? none : Matrices{&x.matrix()});
+  run("what is read", narrow, x, weight.matrix().transposed(), {}, kStep, read ? Matrices{&x.matrix()} : none);
   std::memcpy(micro, micro_of_set<Unit>, sizeof(micro));
 }
 
 void all_asks() {
   auto& set = const_cast<cpu::Isa<float>&>(cpu::isa<float>());
-  asks(set.micro, Dtype::kFloat32, false);
-  if (set.half.micro[0][0] != nullptr) asks(set.half.micro, Dtype::kBFloat16, set.processor.tiles);
-}
-
-void chosen_set() {
-  const char* wanted = std::getenv("ROUTED_PEFT_ISA");
-  std::printf("instruction set: %s, asked for: %s\n", cpu::isa<float>().name, wanted ? wanted : "any");
-  CHECK(std::strcmp(cpu::isa<float>().name, cpu::isa<double>().name) == 0, "two sets at once");
+  plan::forced.split = 0;
+  asks(set.micro, Dtype::kFloat32, true, true, true);
+  const bool tiles = set.processor.tiles;
+  if (set.half.micro[0][0] != nullptr) asks(set.half.micro, Dtype::kBFloat16, !tiles, true, !tiles);
+  plan::forced.split = 1;
+  if (tiles) asks(set.half.split_micro, Dtype::kFloat32, true, false, true);
+  plan::forced.split = -1;
 }
 
 // Every piece is done once, whoever does it; and nobody waits for a thread that is slow.
@@ -632,19 +578,12 @@ void shared_pieces() {
 int main() {
   using namespace routed_peft::test;
   use_tiles();
-  chosen_set();
   all_asks();
   shared_pieces();
-  half_round_trips<float>();
-  half_round_trips<double>();
-  rounding();
-  wide_conversions<float>();
-  wide_conversions<double>();
-  dot_and_axpy<float>();
-  dot_and_axpy<double>();
   rows_and_columns<float>();
   rows_and_columns<double>();
   products();
+  in_parts();
   in_place<float>();
   in_place<double>();
   library(-1);
