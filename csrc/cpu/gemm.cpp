@@ -315,7 +315,9 @@ void read_few(const Operand& a, int64_t padded, Number* rows) {
 // where Number is uint16_t, which all of b then is.
 template <class Acc, class Number>
 void few_rows(const Host* host, const Matrix& out, const Factors& factors, const Epilogue& e) {
-  constexpr int64_t kColumns = 32;
+  constexpr int64_t kColumns = 32;  // of a piece at most; fewer where there are not enough for all threads
+  const int64_t threads = host != nullptr ? host->threads() : 1;
+  const int64_t columns = std::min(kColumns, up((out.cols + threads - 1) / threads, 4));
   const int64_t m = out.rows, n = out.cols, padded = m <= 2 ? m : up(m, 4), each = std::min<int64_t>(padded, 4);
   thread_local Scratch<Number> first_scratch, second_scratch;
   Number* rows[2] = {first_scratch.get(padded * factors.a.matrix.cols), nullptr};
@@ -344,7 +346,7 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
         }
       }
     };
-    const int64_t j0 = piece * kColumns, cols = std::min(kColumns, n - j0);
+    const int64_t j0 = piece * columns, cols = std::min(columns, n - j0);
     multiply(factors, rows[0], j0, cols, sums);
     if (e.plus) {
       scale_sums(0, j0, m, cols, sums, kColumns, e);
@@ -354,7 +356,7 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
     finish(out, 0, j0, m, cols, sums, kColumns, last);
   };
   const int64_t k = std::max(factors.a.matrix.cols, e.plus ? e.plus->a.matrix.cols : 0);
-  parallel_pieces(host, (n + kColumns - 1) / kColumns, double(m) * double(n) * double(k), run);
+  parallel_pieces(host, (n + columns - 1) / columns, double(m) * double(n) * double(k), run);
 }
 
 bool unmasked(const Factors& f, const Epilogue& e) { return plain(f.a) && plain(f.b) && e.mask.threshold == 0; }
