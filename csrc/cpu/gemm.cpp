@@ -366,7 +366,9 @@ template <class Acc>
 bool splits(const Matrix& out, const Factors& f, const Epilogue& e) {
   const plan::Processor& processor = isa<float>().processor;
   if (!std::is_same_v<Acc, float> || !processor.tiles || e.in_bfloat16 || e.plus) return false;
-  const bool planned = plan::split(processor, out.rows, out.cols, f.b.matrix.rows, !unmasked(f, e));
+  const int64_t m = out.rows, n = out.cols, k = f.b.matrix.rows;
+  const bool library = unmasked(f, e) && plan::library_gemm(Dtype::kFloat32, processor, m, n, k, bool(e.bias));
+  const bool planned = plan::split(processor, m, n, k, !library);
   return plan::chosen(plan::forced.split, planned);
 }
 

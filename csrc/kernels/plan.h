@@ -83,11 +83,11 @@ struct Processor {
 
 // Whether a product [m, k] × [k, n] with sums in float32 goes by tiles, its numbers in three parts of bfloat16 each:
 // six products for one, of which each takes a sixteenth of its time. Each number that is split needs multiplications
-// enough to make up for that, where rows are few or short more than the library would have taken. `masked`: it can take
-// none.
-constexpr bool split(Processor processor, int64_t m, int64_t n, int64_t k, bool masked = false) {
+// enough to make up for that, more where the library would have taken the product than where it stays here anyway
+// (`alone`).
+constexpr bool split(Processor processor, int64_t m, int64_t n, int64_t k, bool alone = false) {
   if (!processor.tiles || std::min(m, n) < 64) return false;
-  if (masked) return k >= 32 && double(m) * double(n) * double(k) >= 16e6;
+  if (alone) return k >= 32 && double(m) * double(n) * double(k) >= 16e6;
   return (m >= 1024 && k >= 64) || (m >= 128 && k >= 512 && std::max(m, n) >= 512);
 }
 

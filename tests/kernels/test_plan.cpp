@@ -226,21 +226,21 @@ void split() {
   CHECK(!plan::split(kHalf, 4096, 4096, 4096) && !plan::split(kHalf, 4096, 4096, 4096, true), "no tiles");
   for (const plan::Processor processor : {kTiles, kIntel}) {
     const auto splits = [processor = processor](int64_t m, int64_t n, int64_t k) {
-      const bool masked = plan::split(processor, m, n, k, true);
-      CHECK(masked || !plan::split(processor, m, n, k), "more where a mask is drawn: %d %d %d", int(m), int(n), int(k));
-      return std::pair{plan::split(processor, m, n, k), masked};
+      const bool alone = plan::split(processor, m, n, k, true);
+      CHECK(alone || !plan::split(processor, m, n, k), "more where no library is: %d %d %d", int(m), int(n), int(k));
+      return std::pair{plan::split(processor, m, n, k), alone};
     };
-    constexpr std::pair kBoth{true, true}, kMasked{false, true}, kNeither{false, false};
+    constexpr std::pair kBoth{true, true}, kAlone{false, true}, kNeither{false, false};
     for (const int64_t r : {64, 128, 256}) {
       CHECK(splits(1024, r, 768) == kBoth && splits(1024, 768, r) == kBoth, "many rows, rank %d", int(r));
-      CHECK(splits(511, 1024, r) == kMasked && splits(511, r, 511) == kMasked, "fewer rows");
-      CHECK(splits(512, r, 512) == kBoth && splits(511, r, 512) == kMasked, "a gradient of few columns");
-      CHECK(splits(r, 512, 512) == (r >= 128 ? kBoth : kMasked), "a gradient of %d rows", int(r));
-      CHECK(splits(768, r, 511) == kMasked, "a gradient, few rows");
+      CHECK(splits(511, 1024, r) == kAlone && splits(511, r, 511) == kAlone, "fewer rows");
+      CHECK(splits(512, r, 512) == kBoth && splits(511, r, 512) == kAlone, "a gradient of few columns");
+      CHECK(splits(r, 512, 512) == (r >= 128 ? kBoth : kAlone), "a gradient of %d rows", int(r));
+      CHECK(splits(768, r, 511) == kAlone, "a gradient, few rows");
     }
     CHECK(splits(4096, 63, 4096) == kNeither && splits(63, 4096, 4096) == kNeither, "a low rank");
-    CHECK(splits(4096, 4096, 63) == kMasked && splits(4096, 4096, 31) == kNeither, "a shallow product");
-    CHECK(splits(250, 1000, 64) == kMasked && splits(249, 1000, 64) == kNeither, "a small product");
+    CHECK(splits(4096, 4096, 63) == kAlone && splits(4096, 4096, 31) == kNeither, "a shallow product");
+    CHECK(splits(250, 1000, 64) == kAlone && splits(249, 1000, 64) == kNeither, "a small product");
     CHECK(splits(1 << 24, 1 << 24, 1 << 24) == kBoth, "more than 2^63 products");
   }
 }
