@@ -33,6 +33,23 @@ def test_bits_do_not_depend_on_threads(routing, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(build_info()["cpu_isa"] != "amx", reason="large products of float32 are the library's")
+def test_bits_of_large_products_do_not_depend_on_threads():
+    """float32 by tiles (csrc/kernels/plan.h): all products of this call but the condition's."""
+    before = torch.get_num_threads()
+    case = Case("mul", "lora", batch=1, n=1030, m=3, d=512, out=1032, r=128, d_c=24, dtype=torch.float32, dropout=0.1)
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(case.gradients("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert tensor is None or torch.equal(tensor, other[name]), name
+
+
 SETS = ("baseline", "avx2", "avx512", "amx")
 AGREE = """
 import torch

@@ -3,8 +3,8 @@
 // blocks, of a large one a block lays out its part for many rows, and for few rows it is read as it lies; where k is
 // short, a tile of a serves all columns.
 // A second product (Epilogue::plus) adds to the same sums. The micro kernels take numbers of Acc or, where the caller
-// allows it and the processor has such products, pairs of bfloat16; by tiles also float32 in parts of bfloat16, none of
-// its digits lost. A few rows are products of lines.
+// allows it and the processor has such products, pairs of bfloat16; by tiles also float32 in parts of bfloat16, as
+// exact as float32's own. A few rows are products of lines.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -32,7 +32,7 @@ constexpr int64_t kWidestLying = 2048;  // and of one that reads b as it lies
 constexpr int64_t kWidestRuns = 1024, kRunsSums = 1 << 17;
 constexpr double kSharedProduct = 4e6;  // multiplications that are worth it to cut a rank-wide product of few rows
 constexpr int64_t kManyRows = 480;      // of a block that lays out its part of a large b itself
-constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: never a second x
+constexpr int64_t kLaid = 1 << 22;      // numbers of b that are laid out at once: 16 MiB, in parts 24
 constexpr int64_t kPieces = 4;  // blocks of a product for each thread, so that the last ones hardly wait for another
 
 // Whether the product reads b as it lies: where it serves few rows, and its rows are what the micro kernels take.
@@ -361,14 +361,31 @@ void few_rows(const Host* host, const Matrix& out, const Factors& factors, const
 
 bool unmasked(const Factors& f, const Epilogue& e) { return plain(f.a) && plain(f.b) && e.mask.threshold == 0; }
 
-// Whether the product goes by tiles of its numbers' parts.
+// The dtype that the library would take a product in.
+Dtype library_dtype(const Matrix& out, const Epilogue& e) { return e.in_bfloat16 ? Dtype::kBFloat16 : out.dtype; }
+
+// Whether the product is one for the library, where the host has one. In bfloat16 only where the caller allows it: then
+// the input is of that dtype, and what has to be converted is a weight or rank-wide. A residual stays here: it is added
+// before rounding.
+template <class Acc>
+bool for_library(const Matrix& out, const Factors& f, const Epilogue& e) {
+  const Matrix &a = f.a.matrix, &b = f.b.matrix;
+  const Dtype dtype = library_dtype(out, e);
+  // Ours has sums in float32 where the library would round them.
+  if (e.in_bfloat16 && out.dtype != Dtype::kBFloat16 && isa<float>().half.micro[0][0] != nullptr) return false;
+  if (e.ours || e.plus || !unmasked(f, e) || ((e.bias || e.residual) && e.accumulate)) return false;
+  const bool equal = out.dtype == a.dtype && out.dtype == b.dtype;
+  if (e.in_bfloat16 ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) return false;
+  const bool planned = plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.cols, bool(e.bias));
+  return plan::chosen(plan::forced.library_gemm, planned);
+}
+
+// Whether the product goes by tiles of its numbers' parts: the same with any host, and without one.
 template <class Acc>
 bool splits(const Matrix& out, const Factors& f, const Epilogue& e) {
   const plan::Processor& processor = isa<float>().processor;
   if (!std::is_same_v<Acc, float> || !processor.tiles || e.in_bfloat16 || e.plus) return false;
-  const int64_t m = out.rows, n = out.cols, k = f.b.matrix.rows;
-  const bool library = unmasked(f, e) && plan::library_gemm(Dtype::kFloat32, processor, m, n, k, bool(e.bias));
-  const bool planned = plan::split(processor, m, n, k, !library);
+  const bool planned = plan::split(processor, out.rows, out.cols, f.b.matrix.rows, !for_library<Acc>(out, f, e));
   return plan::chosen(plan::forced.split, planned);
 }
 
@@ -461,24 +478,13 @@ bool library_with_bias(const Host& host, const Matrix& out, const Matrix& a, con
   return host.library_gemm(out, wide, lines.transposed(), 1, false);
 }
 
-// The product by the library, if it is one for it. In bfloat16 only where the caller allows it: then the input is of
-// that dtype, and what has to be converted is a weight or rank-wide. A residual stays here: it is added before
-// rounding.
+// The product by the library, if it is one for it.
 template <class Acc>
 bool library_product(const Host& host, const Matrix& out, const Operand& a, const Operand& b, const Epilogue& e) {
   const bool bias = e.bias || e.residual;
-  const bool half = e.in_bfloat16;
-  const Dtype dtype = half ? Dtype::kBFloat16 : out.dtype;
-  const bool equal = out.dtype == a.matrix.dtype && out.dtype == b.matrix.dtype;
-  // Ours has sums in float32 where the library would round them.
-  if (half && out.dtype != Dtype::kBFloat16 && isa<float>().half.micro[0][0] != nullptr) return false;
-  const bool planned = !splits<Acc>(out, {a, b}, e) &&
-                       plan::library_gemm(dtype, isa<Acc>().processor, out.rows, out.cols, a.matrix.cols, bool(e.bias));
-  if (e.ours || e.plus || !unmasked({a, b}, e) || (bias && e.accumulate) ||
-      (half ? bool(e.residual) : !equal || dtype == Dtype::kBFloat16) ||
-      !plan::chosen(plan::forced.library_gemm, planned)) {
-    return false;
-  }
+  const Dtype dtype = library_dtype(out, e);
+  if (!for_library<Acc>(out, {a, b}, e)) return false;
+  if (plan::forced.library_gemm < 0 && splits<Acc>(out, {a, b}, e)) return false;
   // Where less is copied than a pass over out reads and writes.
   const int64_t copied = (out.rows + out.cols) * (a.matrix.cols + 16);
   if (e.bias && !e.residual && dtype == accumulated_dtype<Acc>() && copied <= out.rows * out.cols) {

@@ -78,7 +78,7 @@ struct Isa {
     // Rows and units that the micro kernels take at a time. Where unit_step is more than one they are AMX's tiles:
     // then a lies along k (a_col is 1), and a thread's calls stand between open and close.
     int64_t row_step, unit_step;
-    Micro<uint32_t> micro[3][2];
+    Micro<uint32_t> micro[3][2];  // the last two are nullptr where they are tiles
     void (*open)();
     void (*close)();
     // load_lines and lay_lines, rounded to bfloat16; the latter takes float32 and bfloat16 and makes units, of which

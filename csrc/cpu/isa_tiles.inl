@@ -63,7 +63,7 @@ void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t, const uint3
 }
 
 // The same for numbers in three parts. Of the nine products of parts those six count that float32 has digits for: what
-// is left out is 2^-25 of a product at most.
+// is left out is less than 2^-24 of a product, half a unit of its last place.
 template <int kTiles, int kVectors>
 void split_tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t, const uint32_t* panel, int64_t panel_row,
                  bool add, float* c, int64_t ldc, Wanted& wanted) {

@@ -76,6 +76,7 @@ struct Split {
     isa<float>().half.lay_split(static_cast<const float*>(from), stride, depth, n, width, panel, to);
   }
   static bool lays(Dtype dtype) { return dtype == Dtype::kFloat32; }
+  // Not for what is added to: to ask took 4 % longer than to wait, where for what is only written it took 4 % less.
   static bool asks_for_out(bool added_to) { return !added_to; }
   static bool asks_for_rows() { return true; }
 };

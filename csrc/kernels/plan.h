@@ -87,8 +87,8 @@ struct Processor {
 // (`alone`).
 constexpr bool split(Processor processor, int64_t m, int64_t n, int64_t k, bool alone = false) {
   if (!processor.tiles || std::min(m, n) < 64) return false;
-  if (alone) return k >= 32 && double(m) * double(n) * double(k) >= 16e6;
-  return (m >= 1024 && k >= 64) || (m >= 128 && k >= 512 && std::max(m, n) >= 512);
+  if (alone && k >= 32 && double(m) * double(n) * double(k) >= 16e6) return true;
+  return m >= 1024 && k >= 64;
 }
 
 // Whether a product [m, k] × [k, n] in `dtype` goes to torch's library: where it is faster, and large enough to make up

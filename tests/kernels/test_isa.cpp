@@ -1,5 +1,8 @@
 // The loops of an instruction set but for the micro kernels, which test_gemm.cpp has: conversions, dot and axpy.
+#include <bit>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -120,6 +123,71 @@ void dot_and_axpy() {
   }
 }
 
+float part(uint32_t unit, bool second) { return std::bit_cast<float>(second ? unit & 0xFFFF0000u : unit << 16); }
+
+// A number of a step in its three parts, `apart` units from one another: the nearest of bfloat16, the nearest to the
+// rest, and what is left, exactly.
+void check_parts(float number, const uint32_t* unit, int64_t apart, bool second, const char* what) {
+  float rest = number;
+  for (int64_t i = 0; i < cpu::kParts; ++i) {
+    const float got = part(unit[i * apart], second);
+    CHECK(got == half_value(Dtype::kBFloat16, half_bits(Dtype::kBFloat16, rest)), "%s: part %d of %a is %a", what,
+          int(i), double(number), double(got));
+    rest -= got;
+  }
+  CHECK(rest == 0, "%s: %a is left of %a", what, double(rest), double(number));
+}
+
+// float32 in parts: lines along k, and lines of k in panels of one vector or two; every tail.
+void parts() {
+  const auto& half = cpu::isa<float>().half;
+  if (half.split_lines == nullptr) return;
+  constexpr int64_t kStep = cpu::kSplitStep, kHalf = kStep / 2, kUnits = kHalf * cpu::kParts, kStride = 101;
+  constexpr uint32_t kUntouched = 0xFFFFFFFF;
+  Random random(8);
+  std::vector<float> from(70 * kStride);
+  for (float& number : from)
+    number = static_cast<float>(random.uniform() * std::pow(10, double(random.below(20)) - 10));
+  for (int64_t n = 1; n <= 100; ++n) {
+    constexpr int64_t kLines = 3;
+    const int64_t steps = (n + kStep - 1) / kStep, stride = steps * kUnits + 16;
+    std::vector<uint32_t> to(size_t(kLines * stride), kUntouched);
+    half.split_lines(from.data(), kStride, kLines, n, to.data(), stride);
+    for (int64_t line = 0; line < kLines; ++line) {
+      for (int64_t k = 0; k < steps * kStep; ++k) {
+        const uint32_t* unit = to.data() + line * stride + k / kStep * kUnits + k % kHalf;
+        check_parts(k < n ? from[size_t(line * kStride + k)] : 0, unit, kHalf, k % kStep >= kHalf, "lines");
+      }
+      for (int64_t i = steps * kUnits; i < stride; ++i) {
+        CHECK(to[size_t(line * stride + i)] == kUntouched, "beside a line of %d", int(n));
+      }
+    }
+  }
+  for (const int64_t width : {16, 32}) {
+    for (const int64_t depth : {1, 15, 16, 17, 31, 32, 33, 64, 70}) {
+      for (const int64_t n : {1, 15, 16, 17, 32, 33, 63, 64, 100}) {
+        const int64_t steps = (depth + kStep - 1) / kStep, panels = (n + width - 1) / width;
+        const int64_t laid = steps * kUnits * width, panel = laid + 32;
+        std::vector<uint32_t> to(size_t(panels * panel), kUntouched);
+        half.lay_split(from.data(), kStride, depth, n, width, panel, to.data());
+        for (int64_t p = 0; p < panels; ++p) {
+          for (int64_t k = 0; k < steps * kStep; ++k) {
+            for (int64_t i = 0; i < width; ++i) {
+              const int64_t column = p * width + i;
+              const uint32_t* unit = to.data() + p * panel + (k / kStep * kUnits + k % kHalf) * width + i;
+              const float number = k < depth && column < n ? from[size_t(k * kStride + column)] : 0;
+              check_parts(number, unit, kHalf * width, k % kStep >= kHalf, "panels");
+            }
+          }
+          for (int64_t i = laid; i < panel; ++i) {
+            CHECK(to[size_t(p * panel + i)] == kUntouched, "beside a panel of %d", int(n));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace routed_peft::test
 
@@ -133,4 +201,5 @@ int main() {
   wide_conversions<double>();
   dot_and_axpy<float>();
   dot_and_axpy<double>();
+  parts();
 }

@@ -220,7 +220,7 @@ void library() {
   }
 }
 
-// float32 by tiles of its parts: T, G, up and dX of many rows, gradients of weights that are large enough.
+// float32 by tiles of its parts: products of many rows, and large ones that no library takes.
 void split() {
   constexpr plan::Processor kHalf{true, true}, kTiles{true, true, false, true}, kIntel{true, true, false, true, true};
   CHECK(!plan::split(kHalf, 4096, 4096, 4096) && !plan::split(kHalf, 4096, 4096, 4096, true), "no tiles");
@@ -233,11 +233,11 @@ void split() {
     constexpr std::pair kBoth{true, true}, kAlone{false, true}, kNeither{false, false};
     for (const int64_t r : {64, 128, 256}) {
       CHECK(splits(1024, r, 768) == kBoth && splits(1024, 768, r) == kBoth, "many rows, rank %d", int(r));
-      CHECK(splits(511, 1024, r) == kAlone && splits(511, r, 511) == kAlone, "fewer rows");
-      CHECK(splits(512, r, 512) == kBoth && splits(511, r, 512) == kAlone, "a gradient of few columns");
-      CHECK(splits(r, 512, 512) == (r >= 128 ? kBoth : kAlone), "a gradient of %d rows", int(r));
-      CHECK(splits(768, r, 511) == kAlone, "a gradient, few rows");
+      CHECK(splits(1023, r, 768) == kAlone && splits(1023, 768, r) == kAlone, "fewer rows, rank %d", int(r));
+      CHECK(splits(r, 768, 2048) == kAlone, "a gradient of %d rows", int(r));
     }
+    CHECK(splits(1024, 64, 64) == kBoth && splits(1024, 96, 96) == kBoth && splits(1023, 96, 96) == kNeither,
+          "small ones of many rows");
     CHECK(splits(4096, 63, 4096) == kNeither && splits(63, 4096, 4096) == kNeither, "a low rank");
     CHECK(splits(4096, 4096, 63) == kAlone && splits(4096, 4096, 31) == kNeither, "a shallow product");
     CHECK(splits(250, 1000, 64) == kAlone && splits(249, 1000, 64) == kNeither, "a small product");
