@@ -62,46 +62,52 @@ void tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t, const uint3
   end<kTiles, kVectors>(c, ldc * 4);
 }
 
+template <int kTiles>
+inline void take_left(const uint32_t* part, int64_t row) {
+  _tile_loadd(4, part, row);
+  if constexpr (kTiles == 2) _tile_loadd(5, part + 4 * row, row);
+}
+
+template <int kVectors>
+inline void take_right(const uint32_t* part, int64_t row) {
+  _tile_loadd(6, part, row);
+  if constexpr (kVectors == 2) _tile_loadd(7, part + 16, row);
+}
+
+template <int kTiles, int kVectors>
+inline void multiply() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kVectors == 2) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (kTiles == 2 && kVectors == 2) _tile_dpbf16ps(3, 5, 7);
+}
+
 // The same for numbers in three parts. Of the nine products of parts those six count that float32 has digits for: what
 // is left out is less than 2^-24 of a product, half a unit of its last place.
 template <int kTiles, int kVectors>
 void split_tiles(int64_t depth, const uint32_t* a, int64_t a_row, int64_t, const uint32_t* panel, int64_t panel_row,
                  bool add, float* c, int64_t ldc, Wanted& wanted) {
   const int64_t row = a_row * 4, right_row = panel_row * 4;
-  const auto take_left = [=](const uint32_t* part) {
-    _tile_loadd(4, part, row);
-    if constexpr (kTiles == 2) _tile_loadd(5, part + 16 * a_row, row);
-  };
-  const auto take_right = [=](const uint32_t* part) {
-    _tile_loadd(6, part, right_row);
-    if constexpr (kVectors == 2) _tile_loadd(7, part + 16, right_row);
-  };
-  const auto multiply = [] {
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kVectors == 2) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kTiles == 2) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kTiles == 2 && kVectors == 2) _tile_dpbf16ps(3, 5, 7);
-  };
   begin<kTiles, kVectors>(add, c, ldc * 4);
   for (int64_t k = 0; k < depth; k += kParts * 16) {  // in an order that takes little anew from one to the next
     const uint32_t *left[kParts], *right[kParts];
     for (int64_t i = 0; i < kParts; ++i) left[i] = a + k + 16 * i, right[i] = panel + (k + 16 * i) * panel_row;
     wanted.ask();
-    take_left(left[2]);
-    take_right(right[0]);
-    multiply();
-    take_left(left[1]);
-    multiply();
+    take_left<kTiles>(left[2], row);
+    take_right<kVectors>(right[0], right_row);
+    multiply<kTiles, kVectors>();
+    take_left<kTiles>(left[1], row);
+    multiply<kTiles, kVectors>();
     wanted.ask();
-    take_right(right[1]);
-    multiply();
-    take_left(left[0]);
-    multiply();
+    take_right<kVectors>(right[1], right_row);
+    multiply<kTiles, kVectors>();
+    take_left<kTiles>(left[0], row);
+    multiply<kTiles, kVectors>();
     wanted.ask();
-    take_right(right[2]);
-    multiply();
-    take_right(right[0]);
-    multiply();
+    take_right<kVectors>(right[2], right_row);
+    multiply<kTiles, kVectors>();
+    take_right<kVectors>(right[0], right_row);
+    multiply<kTiles, kVectors>();
   }
   end<kTiles, kVectors>(c, ldc * 4);
 }
