@@ -171,8 +171,8 @@ void read_across(const Operand& o, bool columns, int64_t k0, int64_t first, int6
 }
 
 // read_along for numbers in parts.
-template <class Acc>
-void split_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n, uint32_t* to) {
+inline void split_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64_t depth, int64_t n,
+                        uint32_t* to) {
   const Matrix m = columns ? o.matrix.transposed() : o.matrix;
   const int64_t units = units_of<Split>(depth);
   const auto split = isa<float>().half.split_lines;
@@ -195,7 +195,7 @@ void read_along(const Operand& o, bool columns, int64_t k0, int64_t first, int64
                 typename Format::Unit* to) {
   const int64_t units = units_of<Format>(depth);
   if constexpr (Format::kParts > 1) {
-    split_along<Acc>(o, columns, k0, first, depth, n, to);
+    split_along(o, columns, k0, first, depth, n, to);
   } else {
     using Number = typename Format::Number;
     const int64_t numbers = units * Format::kEach;
